@@ -1,0 +1,1 @@
+"""Shared vocabulary of lipllm: models, norms, certificates, bundles, data and run bookkeeping."""

@@ -1,0 +1,136 @@
+"""From configuration nodes to validated settings objects.
+
+Settings are frozen dataclasses; YAML carries their ``_target_``. The functions here turn every
+mistake in a node (unknown key, wrong type, impossible value) into one ``ConfigError``.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Collection
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from common.errors import ConfigError, LipError
+
+
+def build(node: Any, **overrides: Any) -> Any:
+    """Instantiate the ``_target_`` of a configuration node.
+
+    Args:
+        node: Mapping with ``_target_`` (a plain dict or a ``DictConfig``).
+        **overrides: Keyword arguments that win over the node's own.
+
+    Returns:
+        The object; lists in the node arrive as plain lists.
+
+    Raises:
+        ConfigError: for an unknown target or argument; any ``LipError`` of the target as it is.
+    """
+    import hydra.utils
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **overrides)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LipError):
+            cause = cause.__cause__
+        if isinstance(cause, LipError):
+            raise cause from None
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ConfigError("; ".join(lines[1:3] or lines)) from error
+
+
+def check_types(settings: Any) -> None:
+    """Check the fields of a frozen dataclass against their annotations, converting int to float.
+
+    Call it first in ``__post_init__``. Lists become tuples where a tuple is declared.
+
+    Raises:
+        ConfigError: naming the field, its value and the declared type.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        converted = _convert(value, hints[field.name])
+        if converted is _MISMATCH:
+            kind = getattr(hints[field.name], "__name__", None) or str(hints[field.name])
+            if get_origin(hints[field.name]) is not None:
+                kind = str(hints[field.name]).replace("typing.", "")
+            raise ConfigError(
+                f"{type(settings).__name__}.{field.name}={value!r}: expected {kind}; correct it"
+            )
+        if converted is not value:
+            object.__setattr__(settings, field.name, converted)
+
+
+def positive(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise ``ConfigError`` unless ``value`` is finite and positive (or zero where allowed)."""
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        bound = "at least 0" if zero else "above 0"
+        raise ConfigError(f"{name}={value}: expected a finite number {bound}; correct it")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Raise ``ConfigError`` unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value}: expected {low} to {high}; correct it")
+
+
+def one_of(name: str, value: Any, options: Collection[Any]) -> None:
+    """Raise ``ConfigError`` unless ``value`` is among ``options``, listing them."""
+    if value not in options:
+        known = ", ".join(str(option) for option in options)
+        raise ConfigError(f"{name}={value!r}: expected one of {known}")
+
+
+_MISMATCH = object()
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, args)
+    if origin is Literal:
+        return value if value in args else _MISMATCH
+    if origin is tuple:
+        return _convert_tuple(value, args)
+    if hint is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (value if isinstance(value, float) else float(value)) if is_number else _MISMATCH
+    if hint is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _MISMATCH
+    if origin is not None:
+        return value if isinstance(value, origin) else _MISMATCH
+    if hint is None or hint is type(None):
+        return None if value is None else _MISMATCH
+    return value if isinstance(value, hint) else _MISMATCH
+
+
+def _convert_union(value: Any, args: tuple[Any, ...]) -> Any:
+    # An exact member wins, so that an int stays an int in "int | float".
+    for arg in args:
+        if isinstance(arg, type) and type(value) is arg:
+            return value
+    for arg in args:
+        converted = _convert(value, arg)
+        if converted is not _MISMATCH:
+            return converted
+    return _MISMATCH
+
+
+def _convert_tuple(value: Any, args: tuple[Any, ...]) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return _MISMATCH
+    if len(args) == 2 and args[1] is Ellipsis:
+        hints = (args[0],) * len(value)
+    elif len(args) == len(value):
+        hints = args
+    else:
+        return _MISMATCH
+    items = tuple(_convert(item, hint) for item, hint in zip(value, hints, strict=True))
+    if any(item is _MISMATCH for item in items):
+        return _MISMATCH
+    return value if isinstance(value, tuple) and items == value else items

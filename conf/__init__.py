@@ -1,0 +1,1 @@
+"""Hydra configurations; the package exists so that ``pkg://conf`` resolves."""
