@@ -133,4 +133,4 @@ def _convert_tuple(value: Any, args: tuple[Any, ...]) -> Any:
     items = tuple(_convert(item, hint) for item, hint in zip(value, hints, strict=True))
     if any(item is _MISMATCH for item in items):
         return _MISMATCH
-    return value if isinstance(value, tuple) and items == value else items
+    return items

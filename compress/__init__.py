@@ -1,0 +1,1 @@
+"""ModHiFi pruning under a certificate."""

@@ -1,0 +1,1 @@
+"""Serving with a compressed KV cache."""

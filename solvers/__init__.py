@@ -1,0 +1,1 @@
+"""Monotone inclusions, and the sound Lipschitz bounds built on them."""

@@ -1,0 +1,1 @@
+"""Training of Lipschitz networks: constraints, optimizer, Lightning modules."""
