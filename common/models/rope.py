@@ -1,0 +1,38 @@
+"""Rotary position embedding in the "half" pairing of Hugging Face models.
+
+Band f pairs components f and f + D/2; at position p it is rotated by the angle p * w_f with
+w_f = theta^(-2f/D). Rotations are orthogonal, so token norms and certificates do not change.
+"""
+
+# Legend: B batch, H heads, T position, D head width.
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
+    """Return the angular frequencies w_f (head_dim / 2,) in radians per token, float64."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return theta**-exponent
+
+
+def rotation(positions_BT: Tensor, inverse_frequency: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return cosines and sines of all angles, reduced in float64.
+
+    Args:
+        positions_BT: Token positions (B, T), integer.
+        inverse_frequency: Frequencies (D/2,), float64.
+        dtype: Result dtype.
+
+    Returns:
+        Tensor (2, B, 1, T, D/2): cosines first, sines second.
+    """
+    angles = positions_BT.to(torch.float64)[:, None, :, None] * inverse_frequency
+    return torch.stack((angles.cos(), angles.sin())).to(dtype)
+
+
+def rotate(x_BHTD: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate queries or keys (B, H, T, D) by the angles of ``rotation``; same shape and dtype."""
+    cos, sin = cos_sin
+    first, second = x_BHTD.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
