@@ -2,15 +2,16 @@
 
 # Legend: B batch, I input features.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from common.config import one_of, positive
 from common.errors import ConfigError
 
-_ACTIVATIONS = {"relu": nn.functional.relu, "abs": lambda z: z.abs()}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "abs": torch.abs}
 
 
 class LipschitzMLP(nn.Module):

@@ -117,18 +117,20 @@ class Attention(nn.Module):
         )
 
     def _mask(self, length: int, q: Tensor, positions_BT: Tensor | None) -> Tensor | None:
-        if self.position_bias is None and positions_BT is None:
-            return None
+        """Return the additive causal mask (B or 1, H or 1, T, T), or None for plain causality."""
         if positions_BT is None:
-            positions_BT = torch.arange(length, device=q.device)[None]
+            if self.position_bias is None:
+                return None
+            # Row i of the Toeplitz matrix b(i - j) is a window of the reversed table.
+            reversed_HT = self.position_bias[:, :length].flip(-1).to(q.dtype)
+            padded = F.pad(reversed_HT, (0, length - 1), value=float("-inf"))
+            return padded.unfold(-1, length, 1).flip(-2)[None]
         distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
-        future_BTT = (distance_BTT < 0)[:, None]
         if self.position_bias is None:
             mask = torch.zeros_like(distance_BTT, dtype=q.dtype)[:, None]
         else:
-            table_HT = self.position_bias.to(q.dtype)
-            mask = table_HT[:, distance_BTT.clamp(min=0)].transpose(0, 1)
-        return mask.masked_fill(future_BTT, float("-inf"))
+            mask = self.position_bias.to(q.dtype)[:, distance_BTT.clamp(min=0)].transpose(0, 1)
+        return mask.masked_fill((distance_BTT < 0)[:, None], float("-inf"))
 
 
 class MLP(nn.Module):
