@@ -1,0 +1,9 @@
+"""Seeds every test of this folder."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
