@@ -1,0 +1,204 @@
+"""From a function to a command: Hydra around it, a run directory under it, a summary after it."""
+
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import ConfigError, LipError
+from common.explain import explain
+from common.ledger import (
+    RUN_FILE,
+    Body,
+    Finished,
+    Outcome,
+    Run,
+    call,
+    config_hash,
+    find_unfinished,
+    perform,
+)
+
+__all__ = ["Outcome", "Run", "SweepReport", "hydra_command", "plain"]
+
+ERROR_FILE = "error.txt"
+_RESUMED = "LIPLLM_RESUMED"
+
+
+def hydra_command(config_name: str, body: Body, *, shared: bool = False) -> Callable[[], int]:
+    """Make a command of ``body``.
+
+    Args:
+        config_name: Primary configuration in ``conf``; also the command's name.
+        body: ``body(cfg, run) -> Outcome``; ``cfg`` is read-only.
+        shared: Whether the run directory is meant to be used again with other settings.
+
+    Returns:
+        A function of no arguments that reads ``sys.argv``, composes the configuration, runs the
+        body once or (``-m``) for each sweep cell, and returns the exit status. Errors of a single
+        run are raised; those of sweep cells are reported at the end (exit status 2).
+    """
+
+    def main() -> int:
+        # Without this Hydra prints its own account of an error and exits.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        failures: list[BaseException] = []
+        SweepReport.failed = 0
+
+        def job(cfg: DictConfig) -> float | None:
+            try:
+                return _run_job(config_name, body, cfg, shared=shared)
+            except Exception as error:
+                _record_failure(error, failures)
+                return float("nan")
+
+        wrapped = hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
+        try:
+            wrapped(job)()
+        except OSError as error:
+            # The job's own errors are in ``failures``: this is Hydra, making the run directory.
+            raise ConfigError(
+                f"{error.filename}: cannot write a run directory ({error.strerror}): choose "
+                "another with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
+            ) from error
+        if failures:
+            raise failures[0]
+        return 2 if SweepReport.failed else 0
+
+    return main
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration as resolved plain containers.
+
+    Raises:
+        ConfigError: if a mandatory value is not set or a reference leads nowhere.
+    """
+    try:
+        content: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error) or str(error)) from error
+    return dict(content)
+
+
+def _run_job(command: str, body: Body, cfg: DictConfig, *, shared: bool) -> float | None:
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    config = plain(cfg)
+    OmegaConf.set_readonly(cfg, True)
+    run = Run(
+        command=command,
+        directory=directory,
+        config=config,
+        config_hash=config_hash(config),
+        resumed=os.environ.get(_RESUMED) == "1",
+    )
+    if _is_worker_rank():
+        return call(run, body, cfg).objective
+    _share_with_ranks(directory)
+    (directory / ERROR_FILE).unlink(missing_ok=True)
+    finished = perform(run, _announcing(body), cfg, force=bool(config.get("force")), shared=shared)
+    _print_end(finished)
+    return finished.objective
+
+
+def _announcing(body: Body) -> Body:
+    def announced(settings: Any, run: Run) -> Outcome:
+        os.environ[_RESUMED] = "1" if run.resumed else "0"
+        return body(settings, run)
+
+    return announced
+
+
+def _is_worker_rank() -> bool:
+    ranks = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "RANK", "NODE_RANK"))
+    return any(rank not in ("", "0") for rank in ranks)
+
+
+def _share_with_ranks(directory: Path) -> None:
+    # Rank processes are started with hydra.run.dir=<this value>; it must not be computed again.
+    hydra_config: Any = HydraConfig.instance().cfg
+    if hydra_config is not None and hydra_config.hydra.mode == RunMode.RUN:
+        with read_write(hydra_config.hydra):
+            hydra_config.hydra.run.dir = str(directory)
+
+
+def _print_end(finished: Finished) -> None:
+    sys.stdout.write(f"summary: {finished.path}\n")
+    sys.stdout.flush()
+
+
+def _record_failure(error: Exception, failures: list[BaseException]) -> None:
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        if isinstance(error, LipError):
+            _discard(directory)
+        failures.append(error)
+        return
+    line = explain(error)
+    if line is None or os.environ.get("LIPLLM_TRACE") == "1":
+        traceback.print_exception(error)
+    (directory / ERROR_FILE).write_text(line or f"{type(error).__name__}: {error}", "utf-8")
+
+
+def _discard(directory: Path) -> None:
+    """Remove a run directory in which nothing but bookkeeping was written."""
+    names = {path.name for path in directory.iterdir()}
+    if all(n in (RUN_FILE, ".hydra") or n.endswith(".log") for n in names):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class SweepReport(Callback):
+    """Says at the end of a sweep where it is and which of its jobs failed.
+
+    Jobs may have run in other processes, so failures are read from the cells' directories.
+    """
+
+    failed = 0
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print one line per failed job and the sweep's directory."""
+        sweep = Path(config.hydra.sweep.dir).resolve()
+        errors = sorted(sweep.rglob(ERROR_FILE))
+        SweepReport.failed = len(errors)
+        for path in errors:
+            cell = path.parent.relative_to(sweep).as_posix()
+            sys.stderr.write(f"lipllm: error: {cell}: {path.read_text('utf-8')}\n")
+        sys.stdout.write(f"sweep: {sweep}\n")
+        sys.stdout.flush()
+
+
+def _run_directory(command: str, *, _root_: DictConfig) -> str:
+    """Resolve ``hydra.run.dir``: an unfinished run of the same settings, or a new directory."""
+    parent = Path("runs") / command
+    config = _known_part(_root_)
+    unfinished = None if config.get("force") else find_unfinished(parent, config_hash(config))
+    if unfinished is not None:
+        return str(unfinished)
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = [stamp, *(f"{stamp}-{count}" for count in range(1, 1000))]
+    return str(next(parent / name for name in names if not (parent / name).exists()))
+
+
+def _known_part(root: DictConfig) -> dict[str, Any]:
+    # Hydra's own node is left out: it contains the very value that is being resolved.
+    config = {}
+    for key in root:
+        if key != "hydra" and not OmegaConf.is_missing(root, str(key)):
+            node = root[key]
+            is_container = OmegaConf.is_config(node)
+            config[str(key)] = OmegaConf.to_container(node, resolve=True) if is_container else node
+    return config
+
+
+OmegaConf.register_new_resolver("run_directory", _run_directory, replace=True)
