@@ -104,3 +104,12 @@ def directory_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory, first renamed away so that no reader finds it half removed."""
+    doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.stage-", dir=path.parent))
+    try:
+        path.replace(doomed)
+    finally:
+        shutil.rmtree(doomed, ignore_errors=True)
