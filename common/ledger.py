@@ -33,6 +33,8 @@ SUMMARY_FILE = "summary.json"
 # Keys that change where or how a run reports, never what it computes.
 NON_SEMANTIC_KEYS = frozenset({"hydra", "logger", "force", "name"})
 
+RESUMED_VARIABLE = "LIPLLM_RESUMED"
+
 _VERSIONED = ("lipllm", "torch", "triton", "lightning", "hydra-core", "numpy", "safetensors")
 
 
@@ -177,7 +179,8 @@ def perform(
         record = read_json(run.directory / RUN_FILE) or {}
         same = record.get("config_hash") == run.config_hash and record["command"] == run.command
         summary = read_json(run.directory / SUMMARY_FILE)
-        if summary is not None and same and not force and not shared:
+        reusable = same and not force and not shared
+        if summary is not None and reusable and _is_complete(run.directory, summary):
             log.info(
                 "%s: already finished in %s; force=true repeats it", run.command, run.directory
             )
@@ -198,6 +201,10 @@ def perform(
         return _execute(run, body, settings)
 
 
+def _is_complete(directory: Path, summary: Mapping[str, Any]) -> bool:
+    return all((directory / path).exists() for path in summary.get("artifacts", {}).values())
+
+
 def _execute(run: Run, body: Body, settings: Any) -> Finished:
     (run.directory / SUMMARY_FILE).unlink(missing_ok=True)
     record = {
@@ -209,6 +216,7 @@ def _execute(run: Run, body: Body, settings: Any) -> Finished:
         "config": run.config,
     }
     write_json(run.directory / RUN_FILE, record)
+    os.environ[RESUMED_VARIABLE] = "1" if run.resumed else "0"
     clock = time.monotonic()
     outcome = call(run, body, settings)
     summary = {
@@ -226,6 +234,12 @@ def _execute(run: Run, body: Body, settings: Any) -> Finished:
     write_json(run.directory / RUN_FILE, record | {"objective": outcome.objective})
     write_json(run.directory / SUMMARY_FILE, summary)
     return Finished(path=run.directory / SUMMARY_FILE, summary=summary, objective=outcome.objective)
+
+
+def is_worker_rank() -> bool:
+    """Return whether this process is a rank that another one started or leads."""
+    ranks = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "RANK", "NODE_RANK"))
+    return any(rank not in ("", "0") for rank in ranks)
 
 
 def call(run: Run, body: Body, settings: Any) -> Outcome:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.errors import ConfigError, LipError
 from common.explain import explain
 from common.ledger import (
+    RESUMED_VARIABLE,
     RUN_FILE,
     Body,
     Finished,
@@ -27,13 +28,13 @@ from common.ledger import (
     call,
     config_hash,
     find_unfinished,
+    is_worker_rank,
     perform,
 )
 
 __all__ = ["Outcome", "Run", "SweepReport", "hydra_command", "plain"]
 
 ERROR_FILE = "error.txt"
-_RESUMED = "LIPLLM_RESUMED"
 
 
 def hydra_command(config_name: str, body: Body, *, shared: bool = False) -> Callable[[], int]:
@@ -101,28 +102,15 @@ def _run_job(command: str, body: Body, cfg: DictConfig, *, shared: bool) -> floa
         directory=directory,
         config=config,
         config_hash=config_hash(config),
-        resumed=os.environ.get(_RESUMED) == "1",
+        resumed=os.environ.get(RESUMED_VARIABLE) == "1",
     )
-    if _is_worker_rank():
+    if is_worker_rank():
         return call(run, body, cfg).objective
     _share_with_ranks(directory)
     (directory / ERROR_FILE).unlink(missing_ok=True)
-    finished = perform(run, _announcing(body), cfg, force=bool(config.get("force")), shared=shared)
+    finished = perform(run, body, cfg, force=bool(config.get("force")), shared=shared)
     _print_end(finished)
     return finished.objective
-
-
-def _announcing(body: Body) -> Body:
-    def announced(settings: Any, run: Run) -> Outcome:
-        os.environ[_RESUMED] = "1" if run.resumed else "0"
-        return body(settings, run)
-
-    return announced
-
-
-def _is_worker_rank() -> bool:
-    ranks = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "RANK", "NODE_RANK"))
-    return any(rank not in ("", "0") for rank in ranks)
 
 
 def _share_with_ranks(directory: Path) -> None:
