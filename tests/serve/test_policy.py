@@ -1,0 +1,133 @@
+"""The contract of all cache policies, and the selection rule they share."""
+
+import pytest
+import torch
+
+from common.errors import ConfigError, ShapeError
+from common.models import LipschitzTransformer, ModelConfig
+from serve.kv import POLICIES, FullPolicy, LayerView, WindowPolicy, choose, policy_by_name, select
+
+COMPRESSING = sorted(name for name in POLICIES if name != "full")
+
+
+def random_view(lengths, *, kv_heads=2, group=2, width=8, slots=40, seed=0):
+    """A layer's cache with pages of 8 slots and positions with gaps, plus random statistics."""
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        vocab_size=5, width=8, layers=1, heads=kv_heads * group, kv_heads=kv_heads,
+        head_dim=width, context=128, position_bias=True,
+    )  # fmt: skip
+    model = LipschitzTransformer(config)
+    rows, pages = len(lengths), slots // 8
+    shape = (rows * pages, kv_heads, 8)
+    positions = torch.stack([torch.randperm(120)[:slots].sort().values for _ in lengths])
+    pos_pool = positions.view(rows, pages, 1, 8).expand(-1, -1, kv_heads, -1).reshape(shape).int()
+    q_mean = torch.randn(kv_heads * group, width // 2, 2, dtype=torch.float64)
+    view = LayerView.of(
+        model,
+        0,
+        k_pool=torch.randn(*shape, width),
+        v_pool=torch.randn(*shape, width),
+        pos_pool=pos_pool,
+        tables_RN=torch.arange(rows * pages).view(rows, pages).int(),
+        lengths_R=torch.tensor(lengths),
+        positions_R=positions[torch.arange(rows), torch.tensor(lengths) - 1] + 1,
+        stats={"q_mean": q_mean, "q_abs": 1.2 * q_mean.norm(dim=-1)},
+    )
+    return view, positions
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_kept_slots_honour_budget_sinks_and_window(name):
+    """Property of every policy: distinct filled slots in order, protected ones among them."""
+    view, positions = random_view([40, 27, 20])
+    policy = policy_by_name(name, budget=14, sinks=6, window=5, interval=3)
+    keep = choose(policy, view)
+    assert keep.shape == (3, 2, 14)
+    assert keep.dtype == torch.int64
+    assert bool((keep.diff(dim=-1) > 0).all())
+    for row, length in enumerate([40, 27, 20]):
+        pos = positions[row, :length]
+        must = set(pos[(pos < 6) | (pos >= int(pos[-1]) - 4)].tolist())
+        for head in range(2):
+            slots = keep[row, head]
+            assert int(slots.max()) < length
+            assert must <= set(pos[slots].tolist())
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_selection_does_not_depend_on_the_batch(name):
+    """Property: a row chooses the same slots alone as beside others."""
+    view, _ = random_view([40, 27, 20])
+    policy = policy_by_name(name, budget=14, sinks=2, window=4)
+    together = choose(policy, view)
+    for row in range(3):
+        fields = {field: getattr(view, field) for field in LayerView.__slots__}
+        for field in ("tables_RN", "lengths_R", "positions_R"):
+            fields[field] = fields[field][row : row + 1]
+        assert torch.equal(choose(policy, LayerView(**fields))[0], together[row])
+
+
+def test_select_keeps_the_best_scores_and_breaks_ties_by_position():
+    """Oracle: a sorted list of (score, position) pairs."""
+    policy = WindowPolicy(budget=5, sinks=1, window=1)
+    scores = torch.tensor([[[9.0, 1.0, 3.0, 1.0, 3.0, 1.0, 0.0, 7.0]]])
+    positions = torch.tensor([[[0, 11, 2, 9, 4, 10, 30, -1]]])
+    # Slots 0 (sink) and 6 (newest) are protected; 4 and 2 score best; of the ties 11 is newest.
+    assert select(policy, scores, positions).tolist() == [[[0, 1, 2, 4, 6]]]
+
+
+def test_select_keeps_everything_of_a_short_row():
+    """Oracle: the contract; unfilled slots follow the filled ones."""
+    policy = WindowPolicy(budget=4, sinks=1, window=1)
+    positions = torch.tensor([[[0, 1, 2, -1, -1]]])
+    kept = select(policy, torch.rand(1, 1, 5), positions)
+    assert kept[0, 0, :3].tolist() == [0, 1, 2]
+
+
+def test_window_keeps_sinks_and_the_most_recent_positions():
+    """Oracle: the definition of the policy."""
+    view, positions = random_view([40])
+    keep = choose(WindowPolicy(budget=12, sinks=8, window=2), view)
+    sinks = int((positions[0] < 8).sum())
+    expected = [*range(sinks), *range(40 - (12 - sinks), 40)]
+    assert keep[0, 0].tolist() == expected
+    assert keep[0, 1].tolist() == expected
+
+
+def test_trigger_depends_on_the_length_alone():
+    """Oracle: budget plus interval; the full policy never compacts."""
+    policy = WindowPolicy(budget=20, interval=4, window=3)
+    assert [policy.is_due(length) for length in (20, 23, 24, 99)] == [False, False, True, True]
+    assert not FullPolicy().is_due(10**9)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("window", {"budget": 0}, r"kv\.budget=0"),
+        ("window", {"budget": 8, "sinks": 4, "window": 5}, "raise the budget"),
+        ("window", {"interval": 0}, r"kv\.interval=0"),
+        ("window", {"sinks": -1}, r"kv\.sinks=-1"),
+        ("window", {"budget": "many"}, "budget='many'"),
+        ("window", {"budget": None}, "expects a number"),
+        ("full", {"budget": 8}, "choose kv=window"),
+        ("triattention", {"window": -2}, r"kv\.window=-2"),
+        ("window", {"budgets": 8}, "budgets"),
+        ("newest", {}, "full, "),
+    ],
+)
+def test_impossible_options_are_refused_in_one_line(name, options, message):
+    """Oracle: the error contract: value, expectation, remedy, one line."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        policy_by_name(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_select_refuses_what_it_cannot_cut():
+    """Oracle: the error contract."""
+    scores = torch.zeros(1, 1, 4)
+    with pytest.raises(ShapeError, match="budget None"):
+        select(FullPolicy(), scores, scores.long())
+    with pytest.raises(ShapeError, match="equal shapes"):
+        select(WindowPolicy(), scores, torch.zeros(1, 1, 5, dtype=torch.int64))
