@@ -1,1 +1,19 @@
 """Monotone inclusions, and the sound Lipschitz bounds built on them."""
+
+from solvers import anderson as _anderson
+from solvers import halpern as _halpern
+from solvers.iterate import SOLVERS as SOLVERS
+from solvers.iterate import Solver as Solver
+from solvers.iterate import continuation as continuation
+from solvers.iterate import iterate as iterate
+from solvers.iterate import make_solver as make_solver
+from solvers.iterate import solve as solve
+from solvers.problem import FiniteSumInclusion as FiniteSumInclusion
+from solvers.problem import Inclusion as Inclusion
+from solvers.problem import Oracle as Oracle
+from solvers.problem import fixed_point as fixed_point
+from solvers.solution import Result as Result
+from solvers.solution import Status as Status
+from solvers.solution import TracePoint as TracePoint
+
+del _anderson, _halpern
