@@ -240,7 +240,7 @@ class _Search:
         size_left, size_right = _norms(left), _norms(right)
         live = (size_left > 0) & (size_right > 0)
         # A dead head contributes nothing; its multiplier keeps it from costing the others.
-        theta = torch.where(size_right == 0, -_DEAD, _DEAD)
+        theta = torch.full_like(size_left, _DEAD).masked_fill_(size_right == 0, -_DEAD)
         self.values[name] = self.duals[name] = 0.0
         if not bool(live.any()):
             return theta * 0
