@@ -75,7 +75,7 @@ def sync_tree(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_directory(final: Path) -> Iterator[Path]:
-    """Yield an empty directory beside ``final``; it is removed unless the caller renamed it.
+    """Yield an empty directory beside ``final``; it is removed unless the caller renames it.
 
     Raises:
         OSError: when the parent folder cannot be created or written.
@@ -91,19 +91,64 @@ def staged_directory(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def directory_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold an advisory lock on the directory ``path`` itself; file systems without it go unlocked.
+    """Hold an advisory lock on the directory at ``path``, across its replacement by another.
 
     Args:
-        path: An existing directory.
+        path: An existing directory; the lock is on itself, so nothing is left behind.
         shared: Readers share; a writer (the default) is alone.
+
+    Raises:
+        OSError: when there is no such directory.
     """
-    handle = os.open(path, os.O_RDONLY)
+    while True:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            # Some network file systems cannot lock: they go unlocked.
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def swap_directory(stage: Path, final: Path) -> None:
+    """Put the finished directory ``stage`` at ``final``; an old one goes only after that.
+
+    A crash in between leaves the old directory under ``backup_path``, see ``recover_directory``.
+    """
+    sync_tree(stage)
+    backup = backup_path(final)
+    if final.exists():
+        shutil.rmtree(backup, ignore_errors=True)
+        final.replace(backup)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        stage.replace(final)
+    except BaseException:
+        if backup.exists() and not final.exists():
+            backup.replace(final)
+        raise
+    # Old or new, each is whole: a failed flush of the swap itself changes nothing.
+    with contextlib.suppress(OSError):
+        sync_directory(final.parent)
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def backup_path(final: Path) -> Path:
+    """Return where ``swap_directory`` keeps the old directory while it works."""
+    return final.with_name(f".{final.name}.backup")
+
+
+def recover_directory(final: Path) -> None:
+    """Bring back the old directory when a crash fell into the middle of ``swap_directory``."""
+    backup = backup_path(final)
+    if final.exists() or not backup.is_dir():
+        return
+    # A swap in progress holds the lock of what is now the backup: wait for it, then look again.
+    with contextlib.suppress(FileNotFoundError), directory_lock(backup):
+        if not final.exists():
+            backup.replace(final)
 
 
 def remove_tree(path: Path) -> None:
