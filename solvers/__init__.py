@@ -2,6 +2,7 @@
 
 from solvers import anderson as _anderson
 from solvers import halpern as _halpern
+from solvers import lbfgs as _lbfgs
 from solvers.iterate import SOLVERS as SOLVERS
 from solvers.iterate import Solver as Solver
 from solvers.iterate import continuation as continuation
@@ -16,4 +17,4 @@ from solvers.solution import Result as Result
 from solvers.solution import Status as Status
 from solvers.solution import TracePoint as TracePoint
 
-del _anderson, _halpern
+del _anderson, _halpern, _lbfgs
