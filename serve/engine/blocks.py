@@ -118,6 +118,11 @@ class BlockManager:
                 self._release(block)
         table[:] = plan.target
 
+    def cancel_compaction(self, plan: BlockPlan) -> None:
+        """Give back the fresh blocks of a plan that is not carried out."""
+        for block in reversed(plan.fresh):
+            self._release(block)
+
     def check(self, tables: Iterable[list[int]]) -> None:
         """Verify every invariant against all live tables.
 

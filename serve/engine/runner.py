@@ -8,7 +8,7 @@ All tokens of a step form one flat axis of one-token rows. The model is called o
 # Legend: N tokens of the step (flat), R decode rows, W table width (blocks), T tokens of a chunk,
 # S cached slots, H query heads, K key/value heads, D head width, V vocabulary.
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.models import LipschitzTransformer, ModelConfig
-from serve.engine.request import Item
-from serve.kernels import gather_pages, paged_decode
+from serve.engine.blocks import BlockPlan
+from serve.engine.request import Item, Sequence
+from serve.kernels import compact_kv, gather_pages, paged_decode
+from serve.kv import LayerView, Policy, choose
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called per layer with the decode rows' ``q_RHD``, ``o_RHD`` and log-sum-exp ``lse_RH``."""
+
+Evicting = Callable[[LayerView, Tensor], None]
+"""Called per layer with the view and the kept slots ``keep_RKS`` before the data is moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,45 @@ class Runner:
             return self.model.logits(x_N1C)[:, 0]
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return self.model.logits(x_N1C[[batch.last[index] for index in inverse]])[:, 0]
+
+    @torch.inference_mode()
+    def compact(
+        self,
+        rows: list[tuple[Sequence, BlockPlan]],
+        policy: Policy,
+        stats: list[Mapping[str, Tensor]] | None = None,
+        evicting: Evicting | None = None,
+    ) -> None:
+        """Choose the slots that each sequence keeps, per layer and head, and move them.
+
+        Args:
+            rows: Sequences with the blocks their slots move to.
+            policy: Chooses the slots.
+            stats: Calibration statistics of each layer, for policies that need them.
+            evicting: Sees what is about to be lost.
+        """
+        tables_RW = pad_tables([list(plan.source) for _, plan in rows], self.device)
+        targets_RW = pad_tables([list(plan.target) for _, plan in rows], self.device)
+        lengths_R = self._tensor([sequence.kv_len for sequence, _ in rows])
+        positions_R = self._tensor([sequence.num_tokens for sequence, _ in rows])
+        for index, pool in enumerate(self.pools):
+            view = LayerView.of(
+                self.model,
+                index,
+                k_pool=pool.keys,
+                v_pool=pool.values,
+                pos_pool=pool.positions,
+                tables_RN=tables_RW,
+                lengths_R=lengths_R,
+                positions_R=positions_R,
+                stats=None if stats is None else stats[index],
+                backend=self.backend,
+            )
+            keep_RKS = choose(policy, view)
+            if evicting is not None:
+                evicting(view, keep_RKS)
+            pools = (pool.keys, pool.values, pool.positions)
+            compact_kv(*pools, tables_RW, keep_RKS, targets_RW, backend=self.backend)
 
     def _is_decode(self, item: Item) -> bool:
         return item.count == 1 and item.sequence.num_tokens > 0

@@ -1,0 +1,471 @@
+"""The engine against a model without cache, masked dense attention, and solo runs.
+
+Most tests run in float64, where a fault shows as a factor of a million and not as rounding.
+"""
+
+# Legend: H query heads, K key/value heads, T new tokens, S tokens so far, D head width.
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.errors import DataError
+from common.models import LipschitzTransformer, ModelConfig
+from serve.engine.engine import EngineCore
+from serve.engine.request import SamplingParams, Sequence
+from serve.engine.sampler import sample
+from serve.engine.scheduler import EngineConfig
+from serve.kernels import gather_pages
+from serve.kv import FullPolicy, LayerView, Policy, WindowPolicy
+
+CONTEXT = 96
+VOCAB = 50
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
+# Greedy text of a random model soon repeats itself; sampled text does not.
+SAMPLED = SamplingParams(temperature=1.0, seed=5, max_tokens=16)
+# Float64 sums of a few dozen terms of size about 1; anything structural is a million times larger.
+FLOAT64 = 1e-9
+FLOAT32 = 2e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstComponentPolicy(Policy):
+    """Keep the keys whose first rotated component is largest: differs per layer and head."""
+
+    name: ClassVar[str] = "first-component"
+
+    def score(self, view: LayerView) -> Tensor:
+        """Return k[..., 0]."""
+        return gather_pages(view.k_pool, view.tables_RN)[..., 0]
+
+
+def make_model(dtype: torch.dtype = torch.float64, **changes: object) -> LipschitzTransformer:
+    """Return a tiny model that uses every freedom: per-layer shapes, groups, biases."""
+    settings = {
+        "vocab_size": VOCAB,
+        "width": 32,
+        "layers": 3,
+        "heads": (4, 2, 4),
+        "kv_heads": (2, 1, 4),
+        "content_heads": (2, 2, 0),
+        "head_dim": (8, 16, 6),
+        "context": CONTEXT,
+        "position_bias": (True, False, True),
+        "mlp_bias": True,
+        "head_bias": True,
+        "activation": ("maxmin", "gelu", "abs"),
+        "attn_residual": 0.6,
+        "mlp_residual": 0.5,
+        "attn_factor": 2.0,
+        "softmax_scale": 12.0,
+        "final_scale": 2.0,
+    }
+    model = LipschitzTransformer(ModelConfig(**(settings | changes)))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "position" not in name and "embedding" not in name
+        std = parameter.shape[1] ** -0.5 if is_matrix else 0.5
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LipschitzTransformer:
+    """The tiny model in float64."""
+    return make_model()
+
+
+def make_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Return random prompts."""
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(length)] for length in lengths]
+
+
+def run_alone(
+    model: LipschitzTransformer,
+    prompt: list[int],
+    params: SamplingParams,
+    policy: Policy | None = None,
+    **settings: object,
+) -> Sequence:
+    """Run one request in an engine of its own."""
+    core = EngineCore(model, EngineConfig(debug=True, **settings), policy)
+    sequence = core.add(prompt, params)
+    while core.has_work:
+        core.step()
+    return sequence
+
+
+def record_logits(core: EngineCore) -> dict[str, list[Tensor]]:
+    """Collect the logits of every sampled token by request."""
+    seen: dict[str, list[Tensor]] = {}
+    forward = core.runner.forward
+
+    def recording(items, **options):
+        logits = forward(items, **options)
+        for item, row in zip(items, logits, strict=True):
+            if item.count == item.sequence.remaining:
+                seen.setdefault(item.sequence.request.request_id, []).append(row)
+        return logits
+
+    core.runner.forward = recording
+    return seen
+
+
+def next_token(row_V: Tensor, params: SamplingParams, position: int) -> int:
+    """Return the token that the (separately tested) sampler draws from one row."""
+    if params.temperature == 0:
+        return int(row_V.argmax())
+    return sample(row_V[None], [params], [params.seed], [position])[0].token
+
+
+def no_cache(model: LipschitzTransformer, sequence: Sequence) -> tuple[list, list]:
+    """Oracle O1: recompute the whole sequence for every token."""
+    prompt, params = sequence.request.prompt, sequence.request.params
+    tokens, rows = list(prompt), []
+    with torch.no_grad():
+        for _ in range(params.max_tokens):
+            rows.append(model(torch.tensor(tokens)[None])[0, -1])
+            tokens.append(next_token(rows[-1], params, len(tokens)))
+    return tokens[len(prompt) :], rows
+
+
+class DenseCache:
+    """Oracle O2: keeps every key and value and hides the evicted ones by a mask per head."""
+
+    def __init__(self, model: LipschitzTransformer, policy: Policy) -> None:
+        self.model, self.policy = model, policy
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from the T newest tokens to all tokens not hidden, causally."""
+        config, new = self.model.config.layer(layer), k.shape[2]
+        if layer in self.keys:
+            k, v = torch.cat((self.keys[layer], k), 2), torch.cat((self.values[layer], v), 2)
+        self.keys[layer], self.values[layer] = k, v
+        kept_KS = torch.ones(k.shape[1:3], dtype=torch.bool)
+        if layer in self.kept:
+            kept_KS[:, : self.kept[layer].shape[1]] = self.kept[layer]
+        self.kept[layer] = kept_KS
+        total = k.shape[2]
+        distance_TS = torch.arange(total - new, total)[:, None] - torch.arange(total)[None]
+        z_HTS = (q[0] @ k[0].repeat_interleave(config.group, 0).mT) * config.logit_scale
+        bias = self.model.layers[layer].attention.position_bias
+        if bias is not None:
+            z_HTS = z_HTS + bias[:, distance_TS.clamp(min=0)]
+        hidden = (distance_TS < 0) | ~kept_KS.repeat_interleave(config.group, 0)[:, None]
+        weights = torch.softmax(z_HTS.masked_fill(hidden, -torch.inf), -1)
+        return (weights @ v[0].repeat_interleave(config.group, 0))[None]
+
+    def evict(self) -> None:
+        """Hide all but the budget, by a plain sort in Python."""
+        for layer, kept_KS in self.kept.items():
+            for head, kept_S in enumerate(kept_KS):
+                alive = kept_S.nonzero()[:, 0].tolist()
+                newest = max(alive)
+
+                def rank(slot: int, layer: int = layer, head: int = head, newest=newest) -> tuple:
+                    protected = slot < self.policy.sinks or slot > newest - self.policy.window
+                    score = slot
+                    if isinstance(self.policy, FirstComponentPolicy):
+                        score = float(self.keys[layer][0, head, slot, 0])
+                    return (protected, score, slot)
+
+                chosen = sorted(alive, key=rank, reverse=True)[: self.policy.budget]
+                kept_S[:] = False
+                kept_S[chosen] = True
+
+    def generate(self, sequence: Sequence) -> tuple[list, list]:
+        """Return the tokens and their logits under eviction."""
+        prompt, params = sequence.request.prompt, sequence.request.params
+        tokens, rows, fresh = list(prompt), [], list(prompt)
+        with torch.no_grad():
+            for _ in range(params.max_tokens):
+                positions = torch.arange(len(tokens) - len(fresh), len(tokens))[None]
+                logits = self.model(torch.tensor(fresh)[None], positions, self.attend)
+                rows.append(logits[0, -1])
+                fresh = [next_token(rows[-1], params, len(tokens))]
+                tokens += fresh
+                if int(self.kept[0][0].sum()) >= self.policy.budget + self.policy.interval:
+                    self.evict()
+        return tokens[len(prompt) :], rows
+
+
+def compare(sequence: Sequence, seen: dict, expected: tuple[list, list], tolerance: float) -> None:
+    """Check tokens exactly and logits within the tolerance."""
+    tokens, rows = expected
+    assert sequence.output == tokens
+    got = torch.stack(seen[sequence.request.request_id])
+    torch.testing.assert_close(got, torch.stack(rows), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("tokens_per_step", [8, 200])
+def test_step_equals_recomputation_without_cache(
+    model: LipschitzTransformer, tokens_per_step: int, deterministic: bool
+) -> None:
+    """Oracle O1: the training forward pass over the whole sequence, float64."""
+    config = EngineConfig(
+        max_num_batched_tokens=tokens_per_step,
+        max_num_seqs=4,
+        block_size=8,
+        deterministic=deterministic,
+        debug=True,
+    )
+    core = EngineCore(model, config)
+    seen = record_logits(core)
+    prompts = make_prompts([1, 9, 40, 17, 8])
+    sequences = [core.add(p, (GREEDY, SAMPLED)[i % 2]) for i, p in enumerate(prompts)]
+    while core.has_work:
+        core.step()
+    assert len(set(sequences[1].output)) > 8
+    for sequence in sequences:
+        compare(sequence, seen, no_cache(model, sequence), FLOAT64)
+
+
+def test_step_equals_recomputation_in_float32() -> None:
+    """Oracle O1 in the default dtype: same tokens, logits within float32 rounding."""
+    model = make_model(torch.float32)
+    core = EngineCore(model)
+    seen = record_logits(core)
+    prompts = make_prompts([5, 33, 60])
+    sequences = [core.add(p, (SAMPLED, GREEDY)[i % 2]) for i, p in enumerate(prompts)]
+    while core.has_work:
+        core.step()
+    for sequence in sequences:
+        compare(sequence, seen, no_cache(model, sequence), FLOAT32)
+
+
+@pytest.mark.parametrize("kind", [WindowPolicy, FirstComponentPolicy])
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_step_under_eviction_equals_masked_dense_attention(
+    model: LipschitzTransformer, kind: type[Policy], block_size: int
+) -> None:
+    """Oracle O2: all keys kept, evicted ones masked per layer and head; many compactions."""
+    policy = kind(budget=13, interval=5, sinks=2, window=3)
+    core = EngineCore(model, EngineConfig(block_size=block_size, debug=True), policy)
+    seen = record_logits(core)
+    params = SamplingParams(seed=1, max_tokens=36)
+    sequences = [core.add(prompt, params) for prompt in make_prompts([3, 17, 18, 19, 50])]
+    while core.has_work:
+        core.step()
+    assert all(sequence.compactions >= 4 for sequence in sequences)
+    for sequence in sequences:
+        compare(sequence, seen, DenseCache(model, policy).generate(sequence), FLOAT64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [WindowPolicy, FirstComponentPolicy])
+def test_a_budget_beyond_the_length_changes_nothing(kind: type[Policy], dtype: torch.dtype) -> None:
+    """Oracle O3: bit-identical logits to the full cache."""
+    model = make_model(dtype)
+    results = []
+    for policy in (None, FullPolicy(), kind(budget=80, interval=4, window=8)):
+        core = EngineCore(model, EngineConfig(block_size=8), policy)
+        seen = record_logits(core)
+        sequences = [core.add(prompt, SAMPLED) for prompt in make_prompts([7, 30, 60])]
+        while core.has_work:
+            core.step()
+        results.append(([s.output for s in sequences], [torch.stack(r) for r in seen.values()]))
+    for tokens, rows in results[1:]:
+        assert tokens == results[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(rows, results[0][1], strict=True))
+
+
+@pytest.mark.parametrize(
+    "policy", [None, FirstComponentPolicy(budget=16, interval=6, sinks=2, window=4)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tokens_do_not_depend_on_the_other_requests(
+    policy: Policy | None, dtype: torch.dtype
+) -> None:
+    """Oracle O5: solo runs; random arrivals, chunks, pools with preemption, aborts and seeds."""
+    model, rng = make_model(dtype), random.Random(11)
+    prompts = make_prompts([rng.randrange(1, 50) for _ in range(8)], seed=3)
+    params = [
+        SamplingParams(temperature=(0.0, 0.8, 1.2)[i % 3], top_p=0.95, seed=i, max_tokens=4 + 3 * i)
+        for i in range(8)
+    ]
+    alone = [run_alone(model, p, q, policy).output for p, q in zip(prompts, params, strict=True)]
+    preemptions = 0
+    for trial in range(3):
+        config = EngineConfig(
+            block_size=rng.choice((4, 8)),
+            num_blocks=rng.choice((24, 40)),
+            max_num_seqs=rng.choice((3, 8)),
+            max_num_batched_tokens=rng.choice((8, 24, 500)),
+            debug=True,
+        )
+        core = EngineCore(model, config, policy)
+        order = rng.sample(range(8), 8)
+        live: dict[int, Sequence] = {}
+        while order or core.has_work:
+            if order and rng.random() < 0.5:
+                index = order.pop()
+                live[index] = core.add(prompts[index], params[index])
+                if trial % 2:
+                    core.add(prompts[index][::-1], params[index], request_id="victim")
+            core.step()
+            core.abort("victim")
+        for index, sequence in live.items():
+            assert sequence.output == alone[index]
+            preemptions += sequence.preemptions
+        assert core.scheduler.blocks.num_free == config.num_blocks
+    assert policy is not None or preemptions > 0
+
+
+def test_deterministic_mode_is_bitwise_in_float32() -> None:
+    """Oracle O5 in float32: equal logits, bit for bit, alone and in a batch, under eviction."""
+    model, policy = (
+        make_model(torch.float32),
+        FirstComponentPolicy(budget=16, interval=6, sinks=2, window=4),
+    )
+    config = EngineConfig(deterministic=True, max_num_batched_tokens=16, block_size=8)
+    prompts = make_prompts([40, 3, 21, 16], seed=8)
+    together = EngineCore(model, config, policy)
+    seen = record_logits(together)
+    sequences = [together.add(p, SAMPLED, request_id=str(i)) for i, p in enumerate(prompts)]
+    while together.has_work:
+        together.step()
+    for index, prompt in enumerate(prompts):
+        core = EngineCore(model, config, policy)
+        solo = record_logits(core)
+        sequence = core.add(prompt, SAMPLED, request_id="solo")
+        while core.has_work:
+            core.step()
+        assert sequence.output == sequences[index].output
+        assert torch.equal(torch.stack(solo["solo"]), torch.stack(seen[str(index)]))
+
+
+def test_seeded_tokens_alone_and_among_sixteen_are_equal(model: LipschitzTransformer) -> None:
+    """Oracle O7: the same seed gives the same tokens; other seeds give other tokens."""
+    prompt = make_prompts([12])[0]
+    params = [SamplingParams(seed=seed, max_tokens=20) for seed in range(16)]
+    core = EngineCore(model)
+    sequences = [core.add(prompt, p) for p in params]
+    while core.has_work:
+        core.step()
+    assert sequences[5].output == run_alone(model, prompt, params[5]).output
+    assert len({tuple(sequence.output) for sequence in sequences}) == 16
+    unseeded = [run_alone(model, prompt, SamplingParams(max_tokens=20)) for _ in range(2)]
+    assert unseeded[0].output != unseeded[1].output
+    again = SamplingParams(max_tokens=20, seed=unseeded[0].request.seed)
+    assert run_alone(model, prompt, again).output == unseeded[0].output
+
+
+def test_finish_reasons(model: LipschitzTransformer) -> None:
+    """Oracle: the documented reasons: length, context, stop token, abort."""
+    prompt = make_prompts([80])[0]
+    assert run_alone(model, prompt, GREEDY).finish_reason == "length"
+    full = run_alone(model, prompt, SamplingParams(temperature=0.0, max_tokens=None))
+    assert (full.finish_reason, len(full.tokens)) == ("length", CONTEXT)
+    third = full.output[2]
+    stop = SamplingParams(temperature=0.0, max_tokens=None, stop_token_ids=(third,))
+    stopped = run_alone(model, prompt, stop)
+    assert stopped.finish_reason == "stop"
+    assert stopped.output == full.output[: full.output.index(third) + 1]
+    core = EngineCore(model)
+    sequence = core.add(prompt, GREEDY, request_id="x")
+    core.step()
+    core.abort("x")
+    core.abort("never seen")
+    assert (sequence.finish_reason, core.has_work) == ("abort", False)
+    assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks
+
+
+def test_add_rejects_unusable_prompts(model: LipschitzTransformer) -> None:
+    """Oracle: one line that names the numbers; the engine goes on afterwards."""
+    core = EngineCore(model, EngineConfig(num_blocks=4, block_size=8))
+    for prompt, words in (
+        ([], "empty"),
+        ([0] * CONTEXT, f"{CONTEXT} tokens.*context is {CONTEXT}"),
+        ([0] * 500, f"500 tokens.*context is {CONTEXT}"),
+        ([VOCAB], f"0 to {VOCAB - 1}"),
+        ([-1], "integer"),
+        ([True], "integer"),
+        ([1.5], "integer"),
+        ([0] * 60, "pool has 4"),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            core.add(prompt, GREEDY)
+        assert "\n" not in str(caught.value)
+    core.add([1, 2], GREEDY, request_id="twice")
+    with pytest.raises(DataError, match="in use"):
+        core.add([1, 2], GREEDY, request_id="twice")
+    while core.has_work:
+        core.step()
+    assert core.scheduler.blocks.num_free == 4
+
+
+def test_a_prompt_may_leave_room_for_one_token(model: LipschitzTransformer) -> None:
+    """Oracle: context - 1 tokens are accepted, with exactly one new token."""
+    sequence = run_alone(model, make_prompts([CONTEXT - 1])[0], GREEDY)
+    assert (len(sequence.output), sequence.finish_reason) == (1, "length")
+
+
+def test_bad_logits_end_one_request_and_spare_the_others() -> None:
+    """Oracle: solo runs of the others; NaN in the embedding of one token only."""
+    model = make_model()
+    prompts = [[1, 2, 3], [4, 5, 49], [6, 7, 8]]
+    alone = [run_alone(model, p, GREEDY).output for p in prompts]
+    assert all(49 not in tokens for tokens in (alone[0], alone[2]))
+    with torch.no_grad():
+        model.embedding.weight[49] = float("nan")
+    core = EngineCore(model, EngineConfig(debug=True))
+    sequences = [core.add(p, GREEDY) for p in prompts]
+    while core.has_work:
+        core.step()
+    assert [s.finish_reason for s in sequences] == ["length", "error", "length"]
+    assert "not finite" in sequences[1].error
+    assert [sequences[0].output, sequences[2].output] == [alone[0], alone[2]]
+    later = core.add(prompts[0], GREEDY)
+    while core.has_work:
+        core.step()
+    assert later.output == alone[0]
+
+
+@pytest.mark.parametrize("where", ["forward", "compact"])
+def test_a_fault_ends_the_step_and_leaks_nothing(
+    model: LipschitzTransformer, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Oracle: the invariant check, a full free list, and an unharmed next request."""
+    policy = WindowPolicy(budget=16, interval=4, sinks=2, window=4)
+    core = EngineCore(model, EngineConfig(block_size=8, debug=True), policy)
+    prompts = make_prompts([5, 30])
+    original = getattr(core.runner, where)
+
+    def fault(*args: object, **kwargs: object) -> None:
+        monkeypatch.setattr(core.runner, where, original)
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(core.runner, where, fault)
+    failed = [core.add(prompt, GREEDY) for prompt in prompts]
+    while core.has_work:
+        core.step()
+    assert {s.finish_reason for s in failed} <= {"error", "length"}
+    assert any("no memory" in (s.error or "") for s in failed)
+    assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks
+    after = core.add(prompts[0], GREEDY)
+    while core.has_work:
+        core.step()
+    assert after.output == run_alone(model, prompts[0], GREEDY, policy).output
+
+
+def test_opting_out_keeps_the_cache_whole(model: LipschitzTransformer) -> None:
+    """Oracle: the full cache's tokens, beside a compressed request."""
+    policy = WindowPolicy(budget=8, interval=4, sinks=2, window=4)
+    prompt = make_prompts([20])[0]
+    core = EngineCore(model, EngineConfig(debug=True), policy)
+    whole, cut = core.add(prompt, GREEDY, compress=False), core.add(prompt, GREEDY)
+    while core.has_work:
+        core.step()
+    assert whole.output == run_alone(model, prompt, GREEDY).output
+    assert (whole.compactions, whole.kept_fraction) == (0, 1.0)
+    assert cut.compactions > 0
+    assert cut.kept_fraction < 0.7
