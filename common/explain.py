@@ -83,7 +83,7 @@ def _configuration(error: BaseException) -> str | None:
 
 def _composition(error: BaseException) -> str:
     text = str(error)
-    unknown = re.match(r"Could not override '([^']+)'", text)
+    unknown = re.match(r"Could not override '([^']*)'", text)
     if unknown is not None:
         return _unknown_key(unknown.group(1))
     cause = error.__cause__
@@ -92,6 +92,8 @@ def _composition(error: BaseException) -> str:
 
 
 def _unknown_key(key: str) -> str:
+    if not key:
+        return "an override has no key: expected key=value"
     near = difflib.get_close_matches(key, list(_known_keys()), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "--cfg job lists what can be set"
     return f"unknown key {key!r}: {hint}"

@@ -142,7 +142,10 @@ def pipeline(cfg: DictConfig, run: Run) -> Outcome:
         state = "already finished, skipped" if done[stage.name].skipped else "finished"
         console.print(f"{stage.name}: {state} ({done[stage.name].summary['seconds']:.1f} s)")
     _print_table(console, stages, done)
-    return Outcome(metrics=_metrics(stages, done), artifacts=_artifacts(stages, done))
+    artifacts = _artifacts(stages, done)
+    for name, path in artifacts.items():
+        console.print(f"{name}: {path}", soft_wrap=True)
+    return Outcome(metrics=_metrics(stages, done), artifacts=artifacts)
 
 
 def _stage_run(

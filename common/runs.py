@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -68,6 +69,8 @@ def hydra_command(config_name: str, body: Body, *, shared: bool = False) -> Call
         try:
             wrapped(job)()
         except OSError as error:
+            if isinstance(error, HydraException):
+                raise
             # The job's own errors are in ``failures``: this is Hydra, making the run directory.
             raise ConfigError(
                 f"{error.filename}: cannot write a run directory ({error.strerror}): choose "

@@ -1,0 +1,86 @@
+"""Every primary configuration composes with every option of every group it lists."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from common.cli import COMMANDS
+from common.config import build
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+NOT_A_GROUP = {"hydra", "experiment", "optional local"}
+
+
+def _groups(command: str) -> dict[str, Any]:
+    entries = yaml.safe_load((CONF / f"{command}.yaml").read_text())["defaults"]
+    listed = [item for entry in entries if isinstance(entry, dict) for item in entry.items()]
+    return {group: option for group, option in listed if group not in NOT_A_GROUP}
+
+
+def _cells() -> Iterator[tuple[str, str, str]]:
+    for command in COMMANDS:
+        for group in _groups(command):
+            for path in sorted((CONF / group).glob("*.yaml")):
+                yield command, group, path.stem
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conf", version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_primary_composes_with_the_shared_keys(command: str) -> None:
+    """Oracle: the contract that every command has these keys."""
+    config = compose(command)
+    assert {"seed", "device", "name", "force"} <= set(config)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_job_name_is_the_command(command: str) -> None:
+    """Oracle: the run directory is named after the command."""
+    assert compose(command, return_hydra_config=True).hydra.job.name == command
+
+
+@pytest.mark.parametrize(("command", "group", "option"), list(_cells()))
+def test_option_composes(command: str, group: str, option: str) -> None:
+    """Oracle: Hydra, and the settings class of the option accepting its own values."""
+    overrides = [] if command == "pipeline" else ["++bundle=b"]
+    node = compose(command, overrides=[f"{group}={option}", *overrides])[group]
+    if command != next(other for other in COMMANDS if group in _groups(other)):
+        return
+    target = None if node is None else node.get("_target_")
+    is_settings = target is not None and dataclasses.is_dataclass(get_object(target))
+    if is_settings and not any(OmegaConf.is_missing(node, str(key)) for key in node):
+        build(node)
+
+
+def test_every_group_belongs_to_a_command() -> None:
+    """Oracle: the folders; an option that no command lists cannot be reached."""
+    known = {group for command in COMMANDS for group in _groups(command)}
+    folders = {path.parent.name for path in CONF.glob("*/*.yaml")}
+    assert folders - {"hydra", "experiment", "local"} <= known
+
+
+def test_pipeline_covers_the_keys_of_its_stages() -> None:
+    """Oracle: the union of the stages' keys is the pipeline's configuration."""
+    config = compose("pipeline")
+    for stage in config.pipeline.stages:
+        assert set(stage["keys"]) <= set(config)
+
+
+def test_pipeline_lists_every_group_of_its_commands() -> None:
+    """Oracle: the primaries of the stages' commands."""
+    stages = ("train", "certify", "compress", "calibrate", "generate", "report")
+    needed = {group for command in stages for group in _groups(command)}
+    assert needed <= set(_groups("pipeline"))

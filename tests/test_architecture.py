@@ -1,0 +1,193 @@
+"""The house rules that a machine can check: layers, budgets, targets, words, lazy imports."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.cli import COMMANDS, PACKAGES
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE_PACKAGES = tuple(name for name in PACKAGES if name != "conf")
+ALLOWED = {
+    "common": {"common"},
+    "solvers": {"common", "solvers"},
+    "train": {"common", "solvers", "train"},
+    "compress": {"common", "solvers", "compress"},
+    "serve": {"common", "solvers", "serve"},
+}
+LAZY = ("datasets", "wandb", "transformers", "tokenizers", "triton", "matplotlib", "fastapi", "ray")
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_CONFIG_LINES = 400, 60, 70
+TARGET_ROOTS = (*CODE_PACKAGES, "torch", "lightning", "hydra")
+
+SOURCES = sorted(path for name in CODE_PACKAGES for path in (ROOT / name).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Yield the top-level package of every absolute import, inside functions too."""
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_imports_point_down(path: Path) -> None:
+    """Oracle: the layer rule of the design, common <- solvers <- {train | compress | serve}."""
+    package = path.relative_to(ROOT).parts[0]
+    assert set(_imports(path)) & set(CODE_PACKAGES) <= ALLOWED[package]
+
+
+def test_layer_rule_sees_a_violation(tmp_path: Path) -> None:
+    """Oracle: a planted upward import inside a function."""
+    planted = tmp_path / "planted.py"
+    planted.write_text("def f():\n    from train.optim import Muon\n    return Muon\n")
+    assert "train" in set(_imports(planted))
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=_name)
+def test_files_and_functions_stay_in_budget(path: Path) -> None:
+    """Oracle: the hard limits of the design."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_config_files_stay_in_budget(path: Path) -> None:
+    """Oracle: a configuration file fits a screen."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_CONFIG_LINES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_public_names_are_documented_and_annotated(path: Path) -> None:
+    """Oracle: the style rule; a leading underscore makes a name private."""
+    tree = _tree(path)
+    assert ast.get_docstring(tree)
+    for node in _public(tree):
+        assert ast.get_docstring(node), f"{node.name} lacks a docstring"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.returns is not None, f"{node.name} lacks a return annotation"
+            for argument in (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs):
+                is_self = argument.arg in ("self", "cls")
+                assert is_self or argument.annotation, f"{node.name}: {argument.arg}"
+
+
+def _public(tree: ast.Module | ast.ClassDef) -> Iterator[Any]:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    for node in tree.body:
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from _public(node)
+
+
+def _targets(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
+
+
+def _resolve(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError:
+        return getattr(_resolve(module), name)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_targets_exist_and_accept_their_keys(path: Path) -> None:
+    """Oracle: the signature of each ``_target_``."""
+    for node in _targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
+        target = node["_target_"]
+        assert target.partition(".")[0] in TARGET_ROOTS
+        keys = {str(key) for key in node if not str(key).startswith("_")}
+        parameters = inspect.signature(_resolve(target)).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        assert open_ended or keys <= set(parameters), keys - set(parameters)
+
+
+def test_commands_and_stages_exist() -> None:
+    """Oracle: import of each ``module:function``; each command has its configuration."""
+    stages = yaml.safe_load((ROOT / "conf/pipeline.yaml").read_text())["pipeline"]["stages"]
+    targets = [target for target, _ in COMMANDS.values()] + [stage["target"] for stage in stages]
+    for target in targets:
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function)), target
+    for command in COMMANDS:
+        assert (ROOT / "conf" / f"{command}.yaml").is_file(), command
+
+
+def test_forbidden_words_are_absent() -> None:
+    """Oracle: no unfinished business and no machine's own paths in anything that is shipped."""
+    words = ["TO" + "DO", "FIX" + "ME", "X" + "XX"]
+    words += ["/" + folder + "/" for folder in ("work", "root", "home", "mnt")]
+    pattern = re.compile("|".join(rf"(?<![\w.]){re.escape(word)}" for word in words))
+    names = ("*.md", "*.toml", "Makefile", ".pre-commit-config.yaml", ".ci/run")
+    others = [path for name in names for path in ROOT.glob(name)]
+    for path in SOURCES + TESTS + CONFIGS + others:
+        found = pattern.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{_name(path)}: {found}"
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS + CONFIGS, ids=_name)
+def test_sources_are_ascii(path: Path) -> None:
+    """Oracle: the style rule."""
+    assert path.read_bytes().isascii()
+
+
+def test_triton_stays_in_the_kernels() -> None:
+    """Oracle: only kernel modules know triton."""
+    users = {_name(path) for path in SOURCES if "triton" in set(_imports(path))}
+    assert all(name.startswith("serve/kernels/") for name in users)
+
+
+def test_packages_import_without_optional_dependencies() -> None:
+    """Oracle: a fresh interpreter in which the optional dependencies cannot be imported."""
+    kernels = [path for path in SOURCES if "triton" in set(_imports(path))]
+    modules = sorted({_module(path) for path in SOURCES if path not in kernels})
+    program = (
+        f"import sys, importlib\nfor name in {LAZY}: sys.modules[name] = None\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_tests_are_no_package() -> None:
+    """Oracle: an ``__init__.py`` there would shadow the packages of the same names."""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
