@@ -1,0 +1,9 @@
+"""Certified bounds: slopes, block proofs, the trusted checker, network certificates, attacks."""
+
+from solvers.bounds.checker import VerifyReport as VerifyReport
+from solvers.bounds.checker import verify as verify
+from solvers.bounds.mlp_proof import mlp_bound as mlp_bound
+from solvers.bounds.mlp_proof import mlp_form as mlp_form
+from solvers.bounds.network import TightenSettings as TightenSettings
+from solvers.bounds.network import certify as certify
+from solvers.bounds.network import naive_bound as naive_bound

@@ -1,0 +1,312 @@
+"""The trusted core: re-proves every bound of a certificate from weights and multipliers.
+
+Float64, no solver code. Each bound is valid for any positive multipliers, so a certificate can be
+wrong only through what is in this file, ``mlp_proof``, ``attention_proof``, ``slopes``,
+``common.norms`` or ``common.certificate``. Source: spec bound_tightening 4.5, 4.6, 7, 8.
+"""
+
+# Shape letters: C width, V vocabulary.
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from common.bundle import Bundle, load_bundle, resolve_bundle
+from common.certificate import (
+    FORMAT_VERSION,
+    KINDS,
+    BlockProof,
+    Certificate,
+    config_sha256,
+    log10_up,
+    product_up,
+    tensors_sha256,
+)
+from common.errors import CertificateError, LipError
+from common.models import LayerConfig, ModelConfig
+from common.norms import exact64, gamma, round_up, spectral_norm_bound
+from solvers.bounds.attention_proof import prove_attention
+from solvers.bounds.mlp_proof import BlockBound, prove_mlp
+
+STORED_MARGIN = 1e-10
+"""Relative amount a certifier adds to what is proved here, so that another machine agrees."""
+
+MULTIPLIER_RANGE = (1e-100, 1e100)
+LARGEST_EXACT_VOCABULARY = 8192
+_BLOCK_FIELDS = ("naive", "tightened", "radius_out", "naive_radius_out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """Outcome of a successful check; ``margin`` is the relative rounding allowance in the bound."""
+
+    tightened: float
+    naive: float
+    blocks: int
+    multipliers: int
+    margin: float
+    seconds: float
+
+
+def prove_block(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    index: int,
+    radius: float,
+    naive_radius: float,
+    multipliers: Mapping[str, Tensor],
+) -> BlockBound:
+    """Prove the constants of one residual block.
+
+    Args:
+        config: The model's configuration.
+        tensors: The model's state, any floating types.
+        index: Block, ``2 * layer`` for attention and ``2 * layer + 1`` for the MLP.
+        radius: Bound on the l2 norm of every token entering the block.
+        naive_radius: The same from operator norms alone, at least ``radius``.
+        multipliers: Local names to positive float64 vectors (see ``multiplier_shapes``), or empty
+            for the bound from operator norms.
+
+    Raises:
+        CertificateError: for multipliers that are not usable, or NaN or infinity in a weight.
+    """
+    layer = config.layer(index // 2)
+    _check_multipliers(multipliers, layer, index)
+    kind = KINDS[index % 2]
+    prefix = f"layers.{index // 2}.{kind}."
+    local = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    prove = prove_mlp if kind == "mlp" else prove_attention
+    return prove(local, layer, radius, naive_radius, multipliers)
+
+
+def multiplier_shapes(layer: LayerConfig, index: int) -> dict[str, int]:
+    """Return the names and lengths of a block's multiplier vectors."""
+    if index % 2:
+        return {"lambda": layer.mlp_width // layer.unit}
+    content = dict.fromkeys(("query", "key", "mixed"), layer.content_heads)
+    return {"value": layer.heads} | (content if layer.content_heads else {})
+
+
+def _check_multipliers(multipliers: Mapping[str, Tensor], layer: LayerConfig, index: int) -> None:
+    shapes = multiplier_shapes(layer, index)
+    if not multipliers:
+        return
+    for name in sorted(set(shapes) ^ set(multipliers)):
+        state = "missing" if name in shapes else "not expected"
+        raise CertificateError(f"multiplier blocks.{index}.{name}: {state}; certify again")
+    for name, tensor in multipliers.items():
+        if tensor.dtype != torch.float64 or tuple(tensor.shape) != (shapes[name],):
+            raise CertificateError(
+                f"multiplier blocks.{index}.{name}: {tensor.dtype} {tuple(tensor.shape)}, "
+                f"expected float64 ({shapes[name]},); certify again"
+            )
+        low, high = MULTIPLIER_RANGE
+        if not bool(((tensor >= low) & (tensor <= high)).all()):
+            raise CertificateError(
+                f"multiplier blocks.{index}.{name}: expected positive finite numbers "
+                f"({low:g} to {high:g}); certify again"
+            )
+
+
+def head_norms(config: ModelConfig, head_VC: Tensor) -> tuple[float, float]:
+    """Bound ``final_scale * |W_head|_2`` and ``final_scale * max_ij |U_i - U_j|_2``.
+
+    Args:
+        config: Holds ``final_scale``.
+        head_VC: Head weight, any floating type. Above 8192 rows the pair norm is bounded by
+            ``min(sqrt 2 |W|, sum of the two largest rows)`` instead of over all pairs.
+    """
+    norm = spectral_norm_bound(head_VC)
+    u_VC = exact64(head_VC)
+    squares_V = u_VC.square().sum(1)
+    largest_V = squares_V.topk(min(2, len(squares_V))).values
+    pair = min(math.sqrt(2) * norm, float(largest_V.sqrt().sum()))
+    if len(u_VC) <= LARGEST_EXACT_VOCABULARY:
+        distance_VV = squares_V[:, None] + squares_V - 2 * (u_VC @ u_VC.T)
+        rounding = 4 * gamma(u_VC.shape[1] + 4) * float(largest_V[0])
+        pair = min(pair, math.sqrt(max(float(distance_VV.max()), 0.0) + rounding))
+    scale = abs(config.final_scale)
+    return round_up(scale * norm), round_up(scale * pair)
+
+
+def domain_radius(embedding_VC: Tensor) -> float:
+    """Bound the l2 norm of every embedding row."""
+    return float(exact64(embedding_VC).norm(dim=1).max()) * (1 + 5e-13)
+
+
+def check(
+    config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
+) -> VerifyReport:
+    """Re-prove a certificate from a configuration and the tensors of a model's state.
+
+    Raises:
+        CertificateError: naming the first tensor, field or block that is wrong.
+    """
+    began = time.perf_counter()
+    _check_hashes("weight", tensors_sha256(tensors), certificate.weights_sha256)
+    _check_hashes(
+        "multiplier", tensors_sha256(certificate.multipliers), certificate.multipliers_sha256
+    )
+    if config_sha256(config) != certificate.config_sha256:
+        raise CertificateError("model configuration: differs from the certified one (config hash)")
+    _check_header(config, certificate)
+    _at_least("radius", certificate.radius, domain_radius(tensors["embedding.weight"]))
+    margin, radius, naive_radius = STORED_MARGIN, certificate.radius, certificate.radius
+    for index, block in enumerate(certificate.blocks):
+        _check_place(index, block, radius, naive_radius)
+        radius, naive_radius = block.radius_out, block.naive_radius_out
+        margin += _check_block(config, tensors, certificate, block) + STORED_MARGIN
+    _check_totals(config, tensors, certificate)
+    return VerifyReport(
+        tightened=certificate.tightened,
+        naive=certificate.naive,
+        blocks=len(certificate.blocks),
+        multipliers=len(certificate.multipliers),
+        margin=margin,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def verify(target: str | Path | Bundle | nn.Module, certificate: Any = None) -> VerifyReport:
+    """Re-prove the certificate of a bundle, or of a model and a certificate given with it.
+
+    Args:
+        target: Bundle, its directory or name; or a ``LipschitzTransformer``.
+        certificate: Needed with a model only.
+
+    Raises:
+        CertificateError: naming the tensor, field or block that is wrong.
+        BundleError: naming a file that is missing, damaged or not as its manifest says.
+    """
+    if isinstance(target, nn.Module):
+        if not isinstance(certificate, Certificate):
+            raise CertificateError("verify(model): expected a certificate beside the model")
+        return check(target.config, target.state_dict(), certificate)
+    path = target.path if isinstance(target, Bundle) else resolve_bundle(target)
+    # Tensor hashes come before the manifest: they say which tensor was changed.
+    report = check(*_read_model(path), Certificate.load(path))
+    load_bundle(path)
+    return report
+
+
+def _read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    try:
+        content = json.loads((path / "config.json").read_text())
+        tensors = safetensors.torch.load((path / "model.safetensors").read_bytes())
+        return ModelConfig.from_dict(content["transformer"]), tensors
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, LipError) as error:
+        load_bundle(path)
+        raise CertificateError(f"{path}: no transformer can be read from it ({error})") from error
+
+
+def _check_hashes(what: str, found: Mapping[str, str], stated: Mapping[str, str]) -> None:
+    for name in sorted(found.keys() | stated.keys()):
+        if name not in found or name not in stated:
+            state = "missing" if name in stated else "not in the certificate"
+            raise CertificateError(f"{what} tensor {name}: {state}; certify again")
+        if found[name] != stated[name]:
+            raise CertificateError(
+                f"{what} tensor {name}: content differs from the certified one (sha256 "
+                f"{found[name][:12]}, expected {str(stated[name])[:12]}); restore it or certify again"
+            )
+
+
+def _check_header(config: ModelConfig, certificate: Certificate) -> None:
+    expected = {
+        "format_version": FORMAT_VERSION,
+        "width": config.width,
+        "vocab_size": config.vocab_size,
+    }
+    for name, value in expected.items():
+        if getattr(certificate, name) != value:
+            raise CertificateError(f"{name}={getattr(certificate, name)!r}: expected {value}")
+    if len(certificate.blocks) != 2 * config.layers:
+        raise CertificateError(
+            f"{len(certificate.blocks)} blocks: expected {2 * config.layers} (two per layer)"
+        )
+    if certificate.reference_sound and any(count > 1 for count in config.heads):
+        raise CertificateError("reference_sound: expected false for more than one head")
+    if strangers := [
+        name
+        for name in certificate.multipliers
+        if not any(name.startswith(block.key) for block in certificate.blocks)
+    ]:
+        raise CertificateError(f"multiplier tensor {strangers[0]}: belongs to no block")
+
+
+def _check_place(index: int, block: BlockProof, radius: float, naive_radius: float) -> None:
+    place = (block.index, block.layer, block.kind)
+    expected = (index, index // 2, KINDS[index % 2])
+    if place != expected:
+        raise CertificateError(f"block {index}: found (index, layer, kind) {place}, not {expected}")
+    for name, value in (("radius_in", radius), ("naive_radius_in", naive_radius)):
+        if getattr(block, name) != value:
+            raise CertificateError(
+                f"block {index} {name}={getattr(block, name)!r}: expected {value!r}, the radius "
+                "after the block before it"
+            )
+
+
+def _check_block(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    certificate: Certificate,
+    block: BlockProof,
+) -> float:
+    multipliers = {
+        name.removeprefix(block.key): tensor
+        for name, tensor in certificate.multipliers.items()
+        if name.startswith(block.key)
+    }
+    proved = prove_block(
+        config, tensors, block.index, block.radius_in, block.naive_radius_in, multipliers
+    )
+    for name in _BLOCK_FIELDS:
+        _at_least(f"block {block.index} {name}", getattr(block, name), getattr(proved, name))
+    attack = block.components.get("attack", 0.0)
+    _at_least(f"block {block.index} tightened (against attack)", block.tightened, attack)
+    _at_least(f"block {block.index} naive (against tightened)", block.naive, block.tightened)
+    return proved.margin
+
+
+def _check_totals(
+    config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
+) -> None:
+    head, pair = head_norms(config, tensors["head.weight"])
+    _at_least("head_norm", certificate.head_norm, head)
+    _at_least("pair_norm", certificate.pair_norm, pair)
+    for which in ("naive", "tightened"):
+        factors = chain(certificate, which)
+        _at_least(which, getattr(certificate, which), product_up(factors), infinite=True)
+        log10 = log10_up(factors)
+        stored = getattr(certificate, f"log10_{which}")
+        _at_least(f"log10_{which}", stored, log10 - 1e-13 * (1 + abs(log10)))
+    _at_least("naive (against tightened)", certificate.naive, certificate.tightened, infinite=True)
+    if certificate.attack is not None:
+        _at_least("tightened (against attack)", certificate.tightened, certificate.attack)
+
+
+def chain(certificate: Certificate, which: str) -> list[float]:
+    """Return the factors of a network bound: blocks, head, and ``sqrt(C / V)``."""
+    blocks = [Certificate.constant(block, which) for block in certificate.blocks]
+    ratio = math.sqrt(certificate.width / certificate.vocab_size)
+    return [*blocks, certificate.head_norm, ratio]
+
+
+def _at_least(name: str, stored: Any, proved: float, *, infinite: bool = False) -> None:
+    is_number = isinstance(stored, (int, float)) and not isinstance(stored, bool)
+    if not is_number or math.isnan(stored) or (math.isinf(stored) and not infinite):
+        raise CertificateError(f"{name}={stored!r}: expected a finite number; certify again")
+    if not stored >= proved:
+        raise CertificateError(
+            f"{name}={stored!r}: below {proved!r}, which is what can be proved; certify again"
+        )
