@@ -1,0 +1,117 @@
+"""Command ``compress``: prune a certified bundle, bound what that changed, write a new bundle."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from common.bundle import Bundle, load_bundle
+from common.bundle_format import WEIGHTS
+from common.config import build
+from common.corpus import Corpus, prepare_corpus
+from common.files import write_json
+from common.runs import Outcome, Run
+from compress.frontier import frontier_point, frontier_points
+from compress.measure import bits_per_byte, mlp_speedup
+from compress.pruner import Survey, survey
+from compress.record import PruneReport, check_model, prune, require_certificate
+from compress.settings import CompressConfig
+
+log = logging.getLogger(__name__)
+
+
+def compress(cfg: DictConfig, run: Run) -> Outcome:
+    """Prune the bundle that ``cfg.bundle`` names.
+
+    Args:
+        cfg: Keys ``bundle``, ``compress``, ``data``, ``seed``, ``device``.
+        run: Where to write: ``bundle/`` and ``frontier.json``.
+
+    Returns:
+        The ``compress/*`` metrics; artifacts ``bundle`` and ``frontier``. The objective of
+        sweeps is the pruned model's bits per byte.
+
+    Raises:
+        LipError: for anything the user can correct.
+    """
+    settings: CompressConfig = build(cfg.compress, seed=cfg.seed)
+    bundle = load_bundle(cfg.bundle, device=_device(cfg.device))
+    certificate = require_certificate(bundle)
+    check_model(bundle.config, settings)
+    corpus = prepare_corpus(build(cfg.data), bundle.tokenizer)
+    tokens_BT, windows_BT = _texts(corpus, bundle, settings)
+    found = _survey(bundle, tokens_BT, settings)
+    pruned, report = prune(
+        bundle,
+        settings,
+        tokens_BT,
+        held_BT=windows_BT[:, :-1],
+        path=run.directory / "bundle",
+        found=found,
+        command=run.command,
+    )
+    metrics = _metrics(bundle, pruned, report, windows_BT, corpus.bytes_per_token)
+    points = [frontier_point(report, metrics["compress/val_bits_per_byte"])]
+    if found is not None:
+        texts = (tokens_BT, windows_BT)
+        points += frontier_points(
+            bundle.model, certificate, found, texts, corpus.bytes_per_token, report
+        )
+    frontier = run.directory / "frontier.json"
+    write_json(frontier, sorted(points, key=lambda point: -point["keep"]))
+    return Outcome(
+        metrics=metrics,
+        artifacts={"bundle": pruned.path, "frontier": frontier},
+        objective=metrics["compress/val_bits_per_byte"],
+    )
+
+
+def _texts(corpus: Corpus, bundle: Bundle, settings: CompressConfig) -> tuple[Tensor, Tensor]:
+    """Return calibration sequences, shuffled, and validation windows with their targets."""
+    length = settings.length or bundle.config.context
+    count = max(1, settings.tokens // length)
+    windows_BT = corpus.windows("train", length, count)
+    order = torch.randperm(len(windows_BT), generator=torch.Generator().manual_seed(settings.seed))
+    tokens_BT = windows_BT[order, :-1]
+    held = max(1, settings.eval_tokens // length)
+    return tokens_BT, corpus.windows("val", length, held)
+
+
+def _survey(bundle: Bundle, tokens_BT: Tensor, settings: CompressConfig) -> Survey | None:
+    if not settings.frontier:
+        return None
+    return survey(bundle.model, tokens_BT, settings, keeps=settings.frontier)
+
+
+def _metrics(
+    dense: Bundle,
+    pruned: Bundle,
+    report: PruneReport,
+    windows_BT: Tensor,
+    bytes_per_token: float,
+) -> dict[str, float]:
+    # The bundle came back on the CPU; the model that was measured is the one still in memory.
+    model: Any = report.pruning.model
+    return {
+        "compress/removed_fraction": report.removed_fraction,
+        "compress/params": report.params,
+        "compress/bundle_bytes": _weight_bytes(pruned.path) / _weight_bytes(dense.path),
+        "compress/mlp_speedup": mlp_speedup(dense.model, model),
+        "compress/val_bits_per_byte": bits_per_byte(model, windows_BT, bytes_per_token),
+        "compress/measured_deviation": report.measured_deviation,
+        "compress/semi_empirical_deviation": report.semi_empirical_deviation,
+        "compress/certified_deviation": report.certified_deviation,
+    }
+
+
+def _weight_bytes(path: Path) -> int:
+    return (path / WEIGHTS).stat().st_size
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

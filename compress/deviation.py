@@ -1,0 +1,245 @@
+"""By how much pruning can have moved the output: certified and semi-empirical bounds.
+
+Each pruned block differs from the dense one by ``delta_l`` at the same input; the dense
+certificate carries that to the logits: ``e_{l+1} <= rho_l e_l + delta_l``, errors on the pruned
+trajectory, constants of the dense network. Tokens of the pruned network may leave the dense
+network's balls; then radii and attention constants are enlarged first.
+Source: spec modhifi 5.2 (form B), bound_tightening 2.2 and 5; the chord intervals are our own.
+
+Letters: C width, F MLP width, N elementwise nonlinearities.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.certificate import BlockProof, Certificate
+from common.models import LayerConfig
+from common.norms import (
+    SLACK,
+    UNIT,
+    exact64,
+    gamma,
+    lambda_max_bound,
+    round_up,
+    schur_norm,
+    weighted_gram,
+)
+from compress.chords import chord_interval
+from solvers.bounds.mlp_block import tighten_mlp
+from solvers.bounds.slopes import PHI_ERROR, apply
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Deviation:
+    """Certified effect of pruning.
+
+    Attributes:
+        deltas: Per block (attention and MLP in turn), l2 bound on the change of its output.
+        logits: Bound on the RMS change of the logits over the vocabulary, largest over tokens.
+        radii: Per block, l2 bound on the tokens that enter it in the pruned network.
+        certificate: The dense certificate, its constants enlarged where radii demand it.
+    """
+
+    deltas: tuple[float, ...]
+    logits: float
+    radii: tuple[float, ...]
+    certificate: Certificate
+
+
+def certified_deviation(
+    dense: Any,
+    pruned: Any,
+    kept: Sequence[Tensor],
+    certificate: Certificate,
+    *,
+    max_evals: int = 20,
+) -> Deviation:
+    """Bound the change of the logits over all inputs of the certificate's domain.
+
+    Args:
+        dense: Transformer the certificate speaks about.
+        pruned: The same one with fewer MLP neurons and new down projections.
+        kept: Per layer, indices of the kept neurons.
+        certificate: Proof of the dense transformer.
+        max_evals: Budget of eigen-decompositions per layer to tighten the bound; 0 is sound too.
+
+    Returns:
+        Per-block and total bounds. All are 0 when nothing differs.
+    """
+    radius = certificate.radius
+    deltas, radii, blocks = [], [], []
+    for index, kept_K in enumerate(kept):
+        attention, mlp = certificate.blocks[2 * index : 2 * index + 2]
+        layer = dense.config.layer(index)
+        blocks += [_enlarge(attention, radius, layer.attn_residual), mlp]
+        radii.append(radius)
+        # The attention output is homogeneous in the radius: it has no biases on its values.
+        radius = round_up(radius * (attention.radius_out / attention.radius_in))
+        radii.append(radius)
+        wide = max(radius, mlp.radius_in)
+        delta, radius_out = _block_bounds(
+            dense.layers[index].mlp, pruned.layers[index].mlp, kept_K, wide, max_evals
+        )
+        excess = mlp.tightened * max(0.0, radius - mlp.radius_in)
+        radius = min(radius_out, round_up(mlp.radius_out + excess + delta))
+        deltas += [0.0, delta]
+    enlarged = dataclasses.replace(certificate, blocks=tuple(blocks))
+    return Deviation(
+        deltas=tuple(deltas),
+        logits=enlarged.logit_deviation(deltas),
+        radii=tuple(radii),
+        certificate=enlarged,
+    )
+
+
+def block_delta(
+    dense: Any, pruned: Any, kept_K: Tensor, radius: float, *, max_evals: int = 20
+) -> float:
+    """Bound ``a |f(x) - f~(x)|`` over all ``|x| <= radius`` for one pruned MLP.
+
+    Args:
+        dense: ``MLP`` module before pruning.
+        pruned: After pruning; its up projection holds the kept rows.
+        kept_K: Kept neurons.
+        radius: Domain, l2.
+        max_evals: As in ``certified_deviation``.
+
+    Returns:
+        l2 bound, residual weight included; exactly 0 when nothing changed.
+    """
+    change = _parameters(dense)
+    down_CF = change["down.weight"].clone()
+    down_CF[:, kept_K.cpu()] -= exact64(pruned.down.weight)
+    change["down.weight"] = down_CF
+    if "down.bias" in change:
+        change["down.bias"] = change["down.bias"] - exact64(pruned.down.bias)
+    bound = branch_bound(change, dense.layer, radius, max_evals=max_evals)
+    return round_up(dense.layer.mlp_residual * bound)
+
+
+def branch_bound(
+    tensors: Mapping[str, Tensor],
+    layer: LayerConfig,
+    radius: float,
+    *,
+    skip: float = 0.0,
+    max_evals: int = 20,
+) -> float:
+    """Bound ``|skip x + W_2 phi(W_1 x + b_1) + b_2|`` over all ``|x| <= radius``.
+
+    The map is its value at 0 plus ``(C + B S G) x`` with diagonal ``|S| <= 1``, from the chord
+    interval of each neuron; the K-form bounds that matrix for any positive multipliers.
+
+    Args:
+        tensors: ``up.weight`` (F, C), ``down.weight`` (C, F) and, if the layer has them, biases.
+        layer: Activation.
+        radius: Domain, l2.
+        skip: Weight of the identity.
+        max_evals: Eigen-decompositions spent on the multipliers.
+
+    Returns:
+        l2 bound in float64, rounded upward; 0 when the map is exactly zero.
+    """
+    start = _norm_at_zero(tensors, layer)
+    if not skip and not bool(tensors["down.weight"].any()):
+        return start
+    form = _chord_form(tensors, layer, radius, skip)
+    multipliers_N = tighten_mlp(form.c_CC, form.b_CN, form.g_NC, max_evals=max_evals).theta.exp()
+    inverse_N = (1 / multipliers_N) * (1 + 4 * UNIT)
+    x_CC, x_error = weighted_gram(form.g_NC, multipliers_N)
+    y_CC, y_error = weighted_gram(form.b_CN.T, inverse_N)
+    k = torch.cat((torch.cat((x_CC, form.c_CC.T), 1), torch.cat((form.c_CC, y_CC), 1)))
+    slope = lambda_max_bound(k, max(x_error, y_error) + form.error)
+    return round_up(start + round_up(slope * radius))
+
+
+class _Form(NamedTuple):
+    c_CC: Tensor
+    b_CN: Tensor
+    g_NC: Tensor
+    error: float
+
+
+def _chord_form(
+    tensors: Mapping[str, Tensor], layer: LayerConfig, radius: float, skip: float
+) -> _Form:
+    """Return the difference quotients from 0 as ``C + B S G`` and the rounding made in ``C``."""
+    used_F = tensors["down.weight"].any(0)
+    if layer.activation == "maxmin":
+        used_F = used_F.reshape(-1, 2).any(1).repeat_interleave(2)
+    inner_NC, outer_CN = tensors["up.weight"][used_F], tensors["down.weight"][:, used_F]
+    rest_N = inner_NC.new_zeros(len(inner_NC))
+    if layer.mlp_bias:
+        rest_N = tensors["up.bias"][used_F]
+    c_CC = skip * torch.eye(inner_NC.shape[1], dtype=torch.float64)
+    size_CC = c_CC.abs()
+    if layer.activation == "maxmin":
+        # max, min = (s + |t|) / 2, (s - |t|) / 2 of the sum s and the difference t of a pair.
+        sums_NC, sums_CN = inner_NC[::2] + inner_NC[1::2], outer_CN[:, ::2] + outer_CN[:, 1::2]
+        c_CC = c_CC + sums_CN @ sums_NC / 2
+        size_CC = size_CC + sums_CN.abs() @ sums_NC.abs() / 2
+        inner_NC = inner_NC[::2] - inner_NC[1::2]
+        outer_CN = (outer_CN[:, ::2] - outer_CN[:, 1::2]) / 2
+        rest_N = rest_N[::2] - rest_N[1::2]
+    reach_N = radius * inner_NC.norm(dim=1) * (1 + SLACK)
+    low_N, high_N = chord_interval(layer, rest_N, reach_N)
+    middle_N, spread_N = (low_N + high_N) / 2, (high_N - low_N) / 2 * (1 + SLACK) + SLACK
+    c_CC = c_CC + (outer_CN * middle_N) @ inner_NC
+    size_CC = size_CC + (outer_CN.abs() * middle_N.abs()) @ inner_NC.abs()
+    error = 1.01 * gamma(2 * len(inner_NC) + 16) * schur_norm(size_CC)
+    return _Form(c_CC, outer_CN * spread_N, inner_NC, error)
+
+
+def _block_bounds(
+    dense: Any, pruned: Any, kept_K: Tensor, radius: float, max_evals: int
+) -> tuple[float, float]:
+    """Return ``(delta, radius after the pruned block)`` for tokens of norm at most ``radius``."""
+    delta = block_delta(dense, pruned, kept_K, radius, max_evals=max_evals)
+    if delta == 0:
+        return 0.0, float("inf")
+    a = dense.layer.mlp_residual
+    tensors = _parameters(pruned)
+    for name in ("down.weight", "down.bias"):
+        if name in tensors:
+            tensors[name] = a * tensors[name]
+    return delta, branch_bound(tensors, pruned.layer, radius, skip=1 - a, max_evals=0)
+
+
+def _enlarge(block: BlockProof, radius: float, a: float) -> BlockProof:
+    """Return an attention block whose constant holds on a ball of ``radius``.
+
+    Its bound is ``(1 - a) + a (c0 + c1 R^2)``, so the second part grows at most by the squared
+    ratio of the radii.
+    """
+    if radius <= block.radius_in:
+        return block
+    rho = block.tightened if block.tightened >= 1 - a else block.naive
+    ratio = radius / block.radius_in
+    enlarged = round_up((1 - a) + max(rho - (1 - a), 0.0) * ratio * ratio)
+    return dataclasses.replace(
+        block,
+        tightened=enlarged,
+        naive=max(block.naive, enlarged),
+        radius_in=radius,
+        radius_out=round_up(block.radius_out * ratio),
+    )
+
+
+def _norm_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> float:
+    """Bound ``|W_2 phi(b_1) + b_2|``; exactly 0 for zero tensors or without biases."""
+    if not layer.mlp_bias:
+        return 0.0
+    down_CF, rest_F = tensors["down.weight"], tensors["up.bias"]
+    hidden_F = apply(rest_F, layer)
+    value_C = down_CF @ hidden_F + tensors["down.bias"]
+    size_C = down_CF.abs() @ (hidden_F.abs() + rest_F.abs()) + tensors["down.bias"].abs()
+    rounding = (PHI_ERROR + 2 * gamma(down_CF.shape[1] + 8)) * float(size_C.norm())
+    return round_up(float(value_C.norm()) + rounding)
+
+
+def _parameters(mlp: Any) -> dict[str, Tensor]:
+    return {name: exact64(tensor) for name, tensor in mlp.state_dict().items()}

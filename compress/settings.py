@@ -1,0 +1,90 @@
+"""What can be chosen about pruning, validated where it enters."""
+
+import math
+from dataclasses import dataclass
+
+from common.config import check_types, one_of, positive, within
+from common.errors import ConfigError
+from compress.allocate import ALLOCATORS
+from compress.compensate import METHODS
+from compress.fidelity import SCORES
+
+ORDERS = ("sequential", "one_shot")
+ENOUGH_TOKENS = 10
+"""Tokens per input from which the small default ridge is safe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressConfig:
+    """Settings of one pruning run.
+
+    Attributes:
+        keep: Fraction of the MLP parameters that stays, in (0, 1].
+        score: Which components go first; name in ``fidelity.SCORES``.
+        comp: How the kept weights make up for the removed ones; ``compensate.METHODS``.
+        tau: Cap of ``lsq_capped``: allowed growth of the product of a block's two spectral
+            norms; 1 keeps the block's naive constant, ``.inf`` lifts the cap.
+        bias: Let the down projection's bias absorb the mean of what is removed.
+        allocation: How layers share the budget; name in ``allocate.ALLOCATORS``.
+        order: ``sequential`` refits each layer on the already pruned prefix, ``one_shot`` uses
+            the dense model's activations.
+        ridge: Ridge toward the original weights, relative to the mean activation energy; by
+            default 1e-6 with at least ten tokens per input, else 1e-4.
+        min_keep: No layer keeps less than this fraction of its components.
+        align: Kept neurons per layer are a multiple of this, in components.
+        tokens: Calibration tokens, from the training split.
+        length: Tokens per calibration sequence; the model's context by default.
+        holdout: Fraction of the calibration sequences that measures the error only.
+        eval_tokens: Validation tokens for bits per byte and measured deviations.
+        frontier: Further values of ``keep``, evaluated one-shot for the report.
+        seed: Draws the calibration sequences and the ``random`` score.
+    """
+
+    keep: float = 0.75
+    score: str = "obs"
+    comp: str = "lsq_capped"
+    tau: float = 1.0
+    bias: bool = False
+    allocation: str = "certified"
+    order: str = "sequential"
+    ridge: float | None = None
+    min_keep: float = 0.1
+    align: int = 1
+    tokens: int = 65536
+    length: int | None = None
+    holdout: float = 0.1
+    eval_tokens: int = 16384
+    frontier: tuple[float, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_types(self)
+        for name, value in (("keep", self.keep), *(("frontier", f) for f in self.frontier)):
+            within(f"compress.{name}", value, 0.0, 1.0)
+            positive(f"compress.{name}", value)
+        one_of("compress.score", self.score, SCORES)
+        one_of("compress.comp", self.comp, METHODS)
+        one_of("compress.allocation", self.allocation, ALLOCATORS)
+        one_of("compress.order", self.order, ORDERS)
+        if not self.tau > 0 or math.isnan(self.tau):
+            raise ConfigError(f"compress.tau={self.tau}: expected a number above 0, or .inf")
+        if self.ridge is not None:
+            within("compress.ridge", self.ridge, 0.0, 1.0)
+        within("compress.min_keep", self.min_keep, 0.0, 1.0)
+        within("compress.holdout", self.holdout, 0.0, 0.5)
+        for name in ("align", "tokens", "eval_tokens"):
+            positive(f"compress.{name}", getattr(self, name))
+        if self.length is not None:
+            positive("compress.length", self.length)
+
+    def ridge_for(self, tokens: int, inputs: int) -> float:
+        """Return the relative ridge for a layer of ``inputs`` fitted on ``tokens``."""
+        if self.ridge is not None:
+            return self.ridge
+        return 1e-6 if tokens >= ENOUGH_TOKENS * inputs else 1e-4
+
+    def least_kept(self, components: int, keep: float) -> int:
+        """Return the smallest number of components a layer may keep at budget ``keep``."""
+        fraction = min(self.min_keep, keep)
+        return min(components, max(1, self.align, math.ceil(fraction * components - 1e-9)))

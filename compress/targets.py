@@ -1,0 +1,124 @@
+"""What can be removed: components as blocks of neighbouring inputs of a linear map.
+
+A neuron is a block of one input of the down projection, a MaxMin pair a block of two; an
+attention head would be a block of ``head_dim`` inputs of the output projection. Everything
+downstream (scores, allocation, compensation) sees only blocks.
+
+Letters: I inputs of the pruned map, O its outputs, U inputs per component.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import ShapeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """One place of the model whose inputs can be removed.
+
+    Attributes:
+        layer: Layer index.
+        kind: Which map of the layer; ``"mlp"`` is the down projection.
+        inputs: Inputs of the map before pruning.
+        unit: Inputs per component; they stay or go together.
+        cost: Parameters that disappear with one component.
+    """
+
+    layer: int
+    kind: str
+    inputs: int
+    unit: int
+    cost: int
+
+    @property
+    def components(self) -> int:
+        """Number of components."""
+        return self.inputs // self.unit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Problem:
+    """Rebuild ``y = x W`` from some of the components of ``x``, in the mean square over data.
+
+    Attributes:
+        gram_II: Mean of ``x' x`` over tokens (float64); the covariance when a bias may move.
+        weight_IO: The map, one row per input (float64).
+        unit: Inputs per component.
+        ridge: Penalty on changes of the weights, relative to the mean diagonal of the Gram.
+    """
+
+    gram_II: Tensor
+    weight_IO: Tensor
+    unit: int = 1
+    ridge: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check that the shapes belong together."""
+        inputs = self.weight_IO.shape[0]
+        if self.gram_II.shape != (inputs, inputs) or inputs % self.unit:
+            raise ShapeError(
+                f"Problem: gram {tuple(self.gram_II.shape)}, weight {tuple(self.weight_IO.shape)}, "
+                f"unit {self.unit}: expected a square gram, one row per input, whole components"
+            )
+
+    @property
+    def components(self) -> int:
+        """Number of components."""
+        return self.weight_IO.shape[0] // self.unit
+
+    @property
+    def penalty(self) -> float:
+        """The ridge in units of the Gram."""
+        return self.ridge * float(self.gram_II.diagonal().mean())
+
+    @property
+    def energy(self) -> float:
+        """Mean square of the complete output, ``tr(W' G W)``."""
+        return float((self.weight_IO * (self.gram_II @ self.weight_IO)).sum())
+
+
+def mlp_targets(config: Any) -> tuple[Target, ...]:
+    """Return the MLP of every layer of a transformer as a target.
+
+    Args:
+        config: ``ModelConfig``; per-layer widths and activations may differ.
+    """
+    targets = []
+    for index in range(config.layers):
+        layer = config.layer(index)
+        per_input = 2 * config.width + int(layer.mlp_bias)
+        targets.append(
+            Target(
+                layer=index,
+                kind="mlp",
+                inputs=layer.mlp_width,
+                unit=layer.unit,
+                cost=layer.unit * per_input,
+            )
+        )
+    return tuple(targets)
+
+
+def block_indices(components: Tensor, unit: int) -> Tensor:
+    """Return the input indices of components, keeping their order.
+
+    Args:
+        components: Component indices (int64, 1-D).
+        unit: Inputs per component.
+
+    Returns:
+        Input indices (int64, ``unit`` per component).
+    """
+    offsets = torch.arange(unit, device=components.device)
+    return (components[:, None] * unit + offsets).flatten()
+
+
+def diagonal_blocks(matrix_II: Tensor, unit: int) -> Tensor:
+    """Return the diagonal blocks of a square matrix, (I / unit, unit, unit)."""
+    count = matrix_II.shape[0] // unit
+    blocked = matrix_II.reshape(count, unit, count, unit)
+    return blocked.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
