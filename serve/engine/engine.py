@@ -18,6 +18,7 @@ from torch import Tensor
 from common.errors import DataError
 from common.models import LipschitzTransformer
 from serve.engine.blocks import BlockManager
+from serve.engine.certified import DeviationTracker
 from serve.engine.request import (
     FinishReason,
     Item,
@@ -30,6 +31,7 @@ from serve.engine.runner import Runner, block_bytes
 from serve.engine.sampler import Choice, sample
 from serve.engine.scheduler import Compaction, EngineConfig, Scheduler
 from serve.kv import Policy
+from serve.kv.eviction import EvictionLedger
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class EngineCore:
         config: Engine settings.
         policy: Cache policy; None or one without a budget never compacts.
         stats: Calibration statistics of each layer, for policies that need them.
+        ledger: Bounds what eviction did to the logits, token by token; None bounds nothing.
     """
 
     def __init__(
@@ -58,7 +61,8 @@ class EngineCore:
         model: LipschitzTransformer,
         config: EngineConfig | None = None,
         policy: Policy | None = None,
-        stats: Rows[Mapping[str, Tensor]] | None = None,
+        stats: Rows[Mapping[str, Tensor] | None] | None = None,
+        ledger: EvictionLedger | None = None,
     ) -> None:
         self.model, self.config = model, config or EngineConfig()
         self.policy, self.stats = policy, None if stats is None else list(stats)
@@ -68,6 +72,7 @@ class EngineCore:
             compaction = Compaction(budget=policy.budget, interval=policy.interval)
         self.scheduler = Scheduler(self.config, blocks, compaction)
         self.runner = Runner(model, blocks.num_blocks, blocks.block_size, self.config.backend)
+        self.tracker = DeviationTracker(ledger)
         self._live: dict[str, Sequence] = {}
         self._names = itertools.count()
 
@@ -159,9 +164,11 @@ class EngineCore:
         return sequences
 
     def _forward(self, items: list[Item]) -> Tensor:
-        if self.config.deterministic:
-            return torch.cat([self.runner.forward([item]) for item in items])
-        return self.runner.forward(items)
+        groups = [[item] for item in items] if self.config.deterministic else [items]
+        parts = [
+            self.runner.forward(group, observer=self.tracker.observer(group)) for group in groups
+        ]
+        return torch.cat(parts)
 
     def _append(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
         requests = [sequence.request for sequence in sequences]
@@ -171,6 +178,7 @@ class EngineCore:
             [request.seed for request in requests],
             [sequence.num_tokens for sequence in sequences],
         )
+        self.tracker.record(sequences, logits_RV)
         for sequence, choice in zip(sequences, choices, strict=True):
             self._take(sequence, choice)
 
@@ -191,7 +199,7 @@ class EngineCore:
             budget, blocks = self.policy.budget or 0, self.scheduler.blocks
             rows = [(s, blocks.plan_compaction(s.block_table, budget)) for s in group]
             try:
-                self.runner.compact(rows, self.policy, self.stats)
+                self.runner.compact(rows, self.policy, self.stats, self.tracker.evicting(group))
             except BaseException:
                 for _, plan in rows:
                     blocks.cancel_compaction(plan)
@@ -202,6 +210,7 @@ class EngineCore:
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         sequence.finish_reason, sequence.error = reason, error
         self.scheduler.finish(sequence)
+        self.tracker.close(sequence)
         self._live.pop(sequence.request.request_id, None)
 
 

@@ -132,6 +132,10 @@ class Sequence:
         block_table: Blocks that hold those slots, in order.
         compressed: True after the first compaction; such a sequence cannot be recomputed.
         reserved: Blocks set aside for it at admission; 0 for optimistic allocation.
+        logprobs: Log-probabilities of each generated token, if asked for.
+        deviations: Certified logits deviation (RMS over the vocabulary) at each generated token.
+        keeps_top1: Whether the full cache provably has the same most probable token.
+        ledger_row: Its row of the eviction ledger, once something was evicted.
         kept_sum: Sum over generated tokens of ``kv_len / num_tokens``.
     """
 
@@ -147,6 +151,8 @@ class Sequence:
     error: str | None = None
     logprobs: list[dict[int, float]] = field(default_factory=list)
     deviations: list[float] = field(default_factory=list)
+    keeps_top1: list[bool] = field(default_factory=list)
+    ledger_row: int | None = None
     kept_sum: float = 0.0
     preemptions: int = 0
     compactions: int = 0
@@ -209,6 +215,11 @@ class Item:
 
     sequence: Sequence
     count: int
+
+    @property
+    def is_decode(self) -> bool:
+        """True for a single token on top of a cache."""
+        return self.count == 1 and self.sequence.num_tokens > 0
 
 
 def new_tokens_limit(prompt_length: int, context: int, max_tokens: int | None) -> int:
