@@ -1,0 +1,207 @@
+"""The eviction ledger: what each sequence has lost, and what that can have done to its logits.
+
+One row per sequence. ``evict`` before a compaction, ``observe`` after each attention over a
+compressed cache, ``deviation`` after each step; the mathematics is in ``deviation.py``.
+"""
+
+# Legend: R rows of a call, K key/value heads, H query heads, G = H / K, S slots, D head width,
+# L layers, V vocabulary.
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.certificate import Certificate
+from common.config import positive
+from common.errors import CertificateError
+from common.models import LipschitzTransformer
+from serve.kernels import gather_pages
+from serve.kv.deviation import (
+    OUTWARD,
+    ROUNDINGS,
+    AttentionConstants,
+    Summary,
+    head_deviation,
+    log_mass_bound,
+)
+from serve.kv.policy import LayerView
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """Bounds for R sequences against full attention on the same tokens, float64.
+
+    Attributes:
+        stream_R: l2 movement of the final residual stream, largest over the tokens so far.
+        logits_R: RMS movement of the logits over the vocabulary.
+        pair_R: Movement of any difference of two logits.
+    """
+
+    stream_R: Tensor
+    logits_R: Tensor
+    pair_R: Tensor
+
+    def keeps_top1(self, logits_RV: Tensor) -> Tensor:
+        """Return where full attention provably has the same largest logit (R,), bool.
+
+        Args:
+            logits_RV: Logits of the compressed run at the newest token.
+        """
+        if logits_RV.shape[1] < 2:
+            return torch.ones_like(self.pair_R, dtype=torch.bool)
+        top_R2 = logits_RV.topk(2, dim=1).values.double()
+        rounding_R = ROUNDINGS * torch.finfo(logits_RV.dtype).eps * top_R2.abs().sum(1)
+        is_exact_R = self.pair_R == 0
+        return is_exact_R | (top_R2[:, 0] - top_R2[:, 1] - rounding_R > self.pair_R)
+
+
+class EvictionLedger:
+    """Certified eviction error of every running sequence.
+
+    A block's deviation at a token is bounded from the summary of its evicted keys; because the
+    certificate's norm is the largest over tokens, each sequence carries the running maximum per
+    layer. The statement is about real arithmetic on the stored weights and cached values.
+
+    Args:
+        model: The served model.
+        certificate: A valid certificate of exactly this model.
+        clusters: Summaries per key/value head; more are tighter and cost one dot product each.
+
+    Raises:
+        ConfigError: if ``clusters`` is not positive.
+        CertificateError: if the certificate has another number of blocks.
+
+    Source:
+        Error recursion and head identity of the project's notes on eviction bounds; arXiv
+        2604.04921 has no counterpart.
+    """
+
+    def __init__(
+        self, model: LipschitzTransformer, certificate: Certificate, *, clusters: int = 8
+    ) -> None:
+        positive("clusters", clusters)
+        config = model.config
+        if len(certificate.blocks) != 2 * config.layers:
+            raise CertificateError(
+                f"certificate of {len(certificate.blocks)} blocks: expected {2 * config.layers};"
+                " run lipllm certify"
+            )
+        self.model, self.certificate, self.clusters = model, certificate, clusters
+        self.device = model.embedding.weight.device
+        self.constants = [AttentionConstants.of(model, i) for i in range(config.layers)]
+        amplification = [certificate.amplification(2 * i) for i in range(config.layers)]
+        self.amplification_L = self._tensor(amplification)
+        self.delta_RL = self._tensor([]).view(0, config.layers)
+        self.summaries = [self._empty(index, 0) for index in range(config.layers)]
+        self._free: list[int] = []
+        self._compressed: set[int] = set()
+
+    @torch.no_grad()
+    def open(self) -> int:
+        """Start a sequence with nothing evicted and return its row."""
+        if not self._free:
+            self._grow()
+        row = self._free.pop()
+        self.delta_RL[row] = 0
+        for index, summary in enumerate(self.summaries):
+            summary.put(self._rows([row]), self._empty(index, 1))
+        return row
+
+    def close(self, row: int) -> None:
+        """End a sequence; its row may be given to another."""
+        self._compressed.discard(row)
+        self._free.append(row)
+
+    @torch.no_grad()
+    def evict(self, view: LayerView, rows: Sequence[int], keep_RKS: Tensor) -> None:
+        """Note what a compaction of one layer is about to drop; call it before ``compact_kv``.
+
+        Args:
+            view: The layer's cache before the compaction, one row per sequence.
+            rows: Ledger row of each row of the view, distinct.
+            keep_RKS: Slots that survive, from ``choose``.
+        """
+        positions_RKS = view.slot_positions()
+        is_gone_RKS = (positions_RKS >= 0).scatter(2, keep_RKS, False)
+        index = self._rows(rows)
+        summary = self.summaries[view.index].take(index)
+        k_RKSD = gather_pages(view.k_pool, view.tables_RN)
+        v_RKSD = gather_pages(view.v_pool, view.tables_RN)
+        # Stale slots may hold anything; zero times NaN would not be zero.
+        is_stale = (positions_RKS < 0)[..., None]
+        k_RKSD, v_RKSD = k_RKSD.masked_fill(is_stale, 0), v_RKSD.masked_fill(is_stale, 0)
+        summary.add(k_RKSD, v_RKSD, positions_RKS, is_gone_RKS)
+        self.summaries[view.index].put(index, summary)
+        self._compressed.update(rows)
+
+    @torch.no_grad()
+    def observe(
+        self,
+        layer: int,
+        rows: Sequence[int],
+        q_RHD: Tensor,
+        o_RHD: Tensor,
+        lse_RH: Tensor,
+        positions_R: Tensor,
+    ) -> None:
+        """Bound one layer's deviation at one token per row and keep the largest so far.
+
+        Args:
+            layer: Layer index.
+            rows: Ledger row of each query; a sequence may occur several times.
+            q_RHD: Queries after RoPE.
+            o_RHD: Attention outputs over the kept keys.
+            lse_RH: Log-sum-exp of the kept logits.
+            positions_R: Original positions of the queries.
+        """
+        chosen = [i for i, row in enumerate(rows) if row in self._compressed]
+        if not chosen:
+            return
+        pick = self._rows(chosen)
+        index = self._rows([rows[i] for i in chosen])
+        summary, constants = self.summaries[layer].take(index), self.constants[layer]
+        kv_heads = summary.count.shape[1]
+        q_RKGD = q_RHD[pick].double().unflatten(1, (kv_heads, -1))
+        o_RKGD = o_RHD[pick].unflatten(1, (kv_heads, -1))
+        lse_RKG = lse_RH[pick].unflatten(1, (kv_heads, -1))
+        log_mass = log_mass_bound(summary, constants, q_RKGD, positions_R[pick])
+        head_RH = head_deviation(summary, log_mass, o_RKGD, lse_RKG)
+        delta_R = constants.block_deviation(head_RH)
+        self.delta_RL[:, layer].scatter_reduce_(0, index, delta_R, "amax")
+
+    @torch.no_grad()
+    def deviation(self, rows: Sequence[int]) -> Deviation:
+        """Bound how far the sequences are from full attention on the same tokens."""
+        delta_RL = self.delta_RL[self._rows(rows)]
+        # A bound may be infinite where nothing moved; zero times infinity is zero here.
+        moved_RL = torch.where(delta_RL > 0, delta_RL * self.amplification_L, 0)
+        stream_R = moved_RL.sum(1) * (1 + OUTWARD)
+        certificate = self.certificate
+        to_logits = certificate.head_norm / math.sqrt(certificate.vocab_size) * (1 + OUTWARD)
+        return Deviation(stream_R, stream_R * to_logits, stream_R * certificate.pair_norm)
+
+    def _grow(self) -> None:
+        old, extra = len(self.delta_RL), max(len(self.delta_RL), 8)
+        self.delta_RL = torch.cat((self.delta_RL, self.delta_RL.new_zeros(extra, self._layers)))
+        for index, summary in enumerate(self.summaries):
+            pairs = zip(summary.fields(), self._empty(index, extra).fields(), strict=True)
+            self.summaries[index] = Summary(*(torch.cat(pair) for pair in pairs))
+        self._free += range(old + extra - 1, old - 1, -1)
+
+    @property
+    def _layers(self) -> int:
+        return self.delta_RL.shape[1]
+
+    def _empty(self, index: int, rows: int) -> Summary:
+        layer = self.model.config.layer(index)
+        shape = (rows, layer.kv_heads, self.clusters)
+        return Summary.empty(shape, layer.head_dim, self.model.config.context, self.device)
+
+    def _rows(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def _tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
