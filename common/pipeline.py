@@ -38,9 +38,6 @@ from common.runs import hydra_command, plain
 
 SHARED_KEYS = ("seed", "device")
 
-# What makes a model; certificates and cache statistics are added to a bundle later, in place.
-_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
@@ -155,7 +152,7 @@ def _stage_run(
     if missing:
         raise ConfigError(f"stage {stage.name}: key {missing[0]!r} is not in the configuration")
     keys = (*SHARED_KEYS, *stage.keys)
-    fingerprints = [stage.target, *inputs, *_model_hashes(bundle)]
+    fingerprints = [stage.target, *inputs, *_fingerprint(bundle)]
     shown = {key: config[key] for key in (*keys, "force", "name") if key in config}
     return Run(
         command=stage.name,
@@ -165,12 +162,11 @@ def _stage_run(
     )
 
 
-def _model_hashes(bundle: Path | None) -> list[str]:
+def _fingerprint(bundle: Path | None) -> list[str]:
+    # Of the model alone: certificates and cache statistics are added to a bundle in place.
     if bundle is None:
         return []
-    manifest = read_json(bundle / "manifest.json") or {}
-    files = manifest.get("files", {})
-    return [str(files.get(name)) for name in _MODEL_FILES]
+    return [str((read_json(bundle / "manifest.json") or {}).get("fingerprint"))]
 
 
 def _perform_stage(stage: Stage, step: Run, *, force: bool) -> Finished:

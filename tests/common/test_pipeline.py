@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         made.append((run.command, run.resumed))
         bundle = run.directory / "bundle"
         bundle.mkdir(exist_ok=True)
-        write_json(bundle / "manifest.json", {"files": {"model.safetensors": str(cfg.get("a"))}})
+        write_json(bundle / "manifest.json", {"fingerprint": str(cfg.get("a"))})
         return Outcome(metrics={"n": float(cfg.seed)}, artifacts={"bundle": bundle})
 
     def extend(cfg: Any, run: Run) -> Outcome:
@@ -111,8 +111,7 @@ def test_second_run_does_what_is_left(
 def test_replaced_model_is_noticed(start: Callable[..., Any], tmp_path: Path) -> None:
     """Oracle: the stages that read the model whose recorded hash was changed."""
     start()
-    changed = {"files": {"model.safetensors": "other"}}
-    write_json(tmp_path / "make/bundle/manifest.json", changed)
+    write_json(tmp_path / "make/bundle/manifest.json", {"fingerprint": "other"})
     assert [name for name, _ in start()[1]] == ["extend", "shrink", "show"]
 
 
