@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from common.config import check_types, one_of, positive
 from common.errors import ConfigError
@@ -124,13 +124,10 @@ def parameter_groups(
         )
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in names.items():
-        settings = _settings(model, name, parameter, optim, constraint)
-        key = (settings["constraint"] != "none" or settings["kind"] != "adamw") and (
-            tuple(parameter.shape)
-        )
-        group = groups.setdefault(
-            (key, *settings.values()), {**settings, "params": [], "names": []}
-        )
+        settings = _settings(model, name, optim, constraint)
+        is_free = settings["constraint"] == "none" and settings["kind"] == "adamw"
+        key = (None if is_free else tuple(parameter.shape), *settings.values())
+        group = groups.setdefault(key, {**settings, "params": [], "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
     assert sum(len(group["params"]) for group in groups.values()) == len(names)
@@ -143,6 +140,14 @@ def role(name: str) -> str:
     if parts[-1] != "weight":
         return "vector"
     return "linear" if parts[0] == "linears" else parts[-2]
+
+
+def row_slices(model: nn.Module, name: str, constraint: Constraint) -> int:
+    """Return into how many row blocks (heads) a matrix is cut before it is constrained."""
+    if not (constraint.per_head and role(name) in ("query", "key", "value")):
+        return 1
+    head_dim = model.config.layer(int(name.split(".")[1])).head_dim
+    return model.get_parameter(name).shape[0] // head_dim
 
 
 def update_target(model: nn.Module, name: str, optim: OptimConfig) -> float:
@@ -173,7 +178,7 @@ def update_target(model: nn.Module, name: str, optim: OptimConfig) -> float:
 
 
 def _settings(
-    model: nn.Module, name: str, parameter: Tensor, optim: OptimConfig, constraint: Constraint
+    model: nn.Module, name: str, optim: OptimConfig, constraint: Constraint
 ) -> dict[str, Any]:
     kind = role(name)
     capped = constraint.kind != "none"
@@ -196,10 +201,7 @@ def _settings(
         settings |= {"constraint": constraint.kind, "weight_decay": optim.weight_decay}
         if optim.matrices == "muon":
             settings["target"] = update_target(model, name, optim)
-        if constraint.per_head and kind in ("query", "key", "value"):
-            assert isinstance(model, LipschitzTransformer)
-            head_dim = model.config.layer(int(name.split(".")[1])).head_dim
-            settings["slices"] = parameter.shape[0] // head_dim
+        settings["slices"] = row_slices(model, name, constraint)
     return settings
 
 

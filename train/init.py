@@ -1,14 +1,51 @@
-"""Initial weights: orthogonal matrices of RMS->RMS norm 1, zero outputs, unit embedding rows."""
+"""Initial weights: orthogonal matrices, zero outputs, unit embedding rows, informed biases.
 
-# Legend: O/I out/in features.
+Biases cost nothing in the certificate, so they start with what is known before training: the head
+with the unigram log-probabilities, positional heads looking back a few tokens each.
+"""
 
+# Legend: O/I out/in features, H heads, V vocabulary, T query position (distance).
+
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.groups import ROW_RMS, Constraint, role
+from common.config import check_types, positive
+from common.errors import ConfigError
+from common.models import LipschitzTransformer
+from train.groups import ROW_RMS, Constraint, role, row_slices
 
 # Zero outputs make every block start as the plain convex shrinkage of its input.
 ZERO_ROLES = ("output", "down", "head")
+# A relative-position bias this far below the largest carries no weight worth a gradient.
+DEEPEST_BIAS = -8.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitConfig:
+    """Initial biases of a ``LipschitzTransformer``; parts that the model lacks are skipped.
+
+    Attributes:
+        unigram_bias: Start the head bias at the training corpus' unigram log-probabilities.
+        offsets: Distance (tokens back) that each positional head starts at, for one layer after
+            another; the last list serves all further layers, a list is repeated over the heads.
+            Empty for zero biases.
+        slope: Fall of the relative-position bias per token away from that distance, nats.
+    """
+
+    unigram_bias: bool = True
+    offsets: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4),)
+    slope: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        positive("init.slope", self.slope, zero=True)
+        if any(not row or min(row) < 0 for row in self.offsets):
+            raise ConfigError(
+                f"init.offsets={self.offsets}: expected lists of distances of at least 0"
+            )
 
 
 @torch.no_grad()
@@ -35,21 +72,41 @@ def initialise(model: nn.Module, constraint: Constraint, seed: int) -> None:
         if kind == "vector" or kind in ZERO_ROLES or name == (linears or [""])[-1]:
             parameter.zero_()
         elif kind == "embedding":
-            rows_OI = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(rows_OI * ROW_RMS / rows_OI.square().mean(1, keepdim=True).sqrt())
+            rows_VC = torch.randn(parameter.shape, generator=generator)
+            rms_V1 = rows_VC.square().mean(dim=1, keepdim=True).sqrt()
+            parameter.copy_(rows_VC * ROW_RMS / rms_V1)
         else:
             gain = 1.0 if constraint.kind == "none" else min(1.0, constraint.cap(name))
-            slices = _slices(model, name, constraint)
-            parts = parameter.chunk(slices)
-            for part in parts:
-                part.copy_(gain * _orthogonal(part, generator))
+            for part_OI in parameter.chunk(row_slices(model, name, constraint)):
+                part_OI.copy_(gain * _orthogonal(part_OI, generator))
 
 
-def _slices(model: nn.Module, name: str, constraint: Constraint) -> int:
-    if not constraint.per_head or role(name) not in ("query", "key", "value"):
-        return 1
-    parameter = dict(model.named_parameters())[name]
-    return parameter.shape[0] // model.config.layer(int(name.split(".")[1])).head_dim
+@torch.no_grad()
+def initialise_biases(
+    model: LipschitzTransformer, settings: InitConfig, counts_V: np.ndarray
+) -> None:
+    """Set the head bias and the relative-position biases (see ``InitConfig``).
+
+    Args:
+        model: Modified in place.
+        settings: Which biases.
+        counts_V: Occurrences of every token in the training corpus, integer (V,).
+    """
+    if settings.unigram_bias and model.head.bias is not None:
+        smoothed_V = np.asarray(counts_V, dtype=np.float64) + 1
+        model.head.bias.copy_(torch.from_numpy(np.log(smoothed_V / smoothed_V.sum())))
+    if not settings.offsets:
+        return
+    for index, layer in enumerate(model.layers):
+        table_HT = layer.attention.position_bias
+        if table_HT is None:
+            continue
+        row = settings.offsets[min(index, len(settings.offsets) - 1)]
+        distance_T = torch.arange(table_HT.shape[1], dtype=table_HT.dtype)
+        for head in range(layer.layer.content_heads, layer.layer.heads):
+            offset = row[(head - layer.layer.content_heads) % len(row)]
+            bias_T = -settings.slope * (distance_T - offset).abs()
+            table_HT[head] = bias_T.clamp_min(DEEPEST_BIAS)
 
 
 def _orthogonal(like_OI: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,146 @@
+"""Windows of a token memory map as a stateful Lightning DataModule.
+
+Batch k of rank r is a pure function of (seed, k, r): resuming needs the counter alone, and neither
+worker processes nor prefetching can change what is trained on.
+"""
+
+# Legend: B batch, T token position.
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from common.corpus import Corpus
+
+
+def window_batch(
+    ids: np.ndarray, context: int, batch_size: int, *, seed: int, index: int, rank: int = 0
+) -> Tensor:
+    """Return training batch ``index`` of a rank: random windows, with replacement.
+
+    Args:
+        ids: Token ids (N,), at least ``context + 1``.
+        context: Inputs per window (T).
+        batch_size: Windows (B).
+        seed: Seed of the run.
+        index: Batch number k, from 0.
+        rank: Data-parallel rank r.
+
+    Returns:
+        Ids (B, T + 1), int64: inputs and their next tokens.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, index, rank]))
+    starts_B1 = generator.integers(0, len(ids) - context, size=(batch_size, 1))
+    return torch.from_numpy(ids[starts_B1 + np.arange(context + 1)].astype(np.int64))
+
+
+class Windows(IterableDataset):
+    """The endless stream of training batches of one rank, starting at any batch number."""
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        context: int,
+        batch_size: int,
+        *,
+        seed: int,
+        first: int = 0,
+        rank: int = 0,
+    ):
+        self.ids, self.context, self.batch_size = ids, context, batch_size
+        self.seed, self.first, self.rank = seed, first, rank
+
+    def __iter__(self) -> Iterator[Tensor]:
+        index = self.first
+        while True:
+            yield window_batch(
+                self.ids,
+                self.context,
+                self.batch_size,
+                seed=self.seed,
+                index=index,
+                rank=self.rank,
+            )
+            index += 1
+
+
+class TokenDataModule(L.LightningDataModule):
+    """Random training windows and disjoint validation windows of a corpus.
+
+    ``consumed`` counts training batches and is saved with checkpoints; the training step advances
+    it, so that batches which were only prefetched are not lost on resume.
+
+    Args:
+        corpus: The prepared corpus.
+        context: Inputs per window.
+        batch_size: Training windows per batch.
+        seed: Seed of the run.
+        val_windows: Validation windows during training, spread evenly over the split.
+        val_batch_size: Windows per validation batch.
+
+    Raises:
+        DataError: if a split is shorter than one window.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        context: int,
+        batch_size: int,
+        *,
+        seed: int,
+        val_windows: int,
+        val_batch_size: int,
+    ):
+        super().__init__()
+        corpus.require(context)
+        self.corpus, self.context, self.batch_size, self.seed = corpus, context, batch_size, seed
+        self.val_windows, self.val_batch_size = val_windows, val_batch_size
+        self.consumed = 0
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Trained positions in one batch of one rank."""
+        return self.batch_size * self.context
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the stream of batches (B, T + 1) that continues after the consumed ones."""
+        stream = Windows(
+            self.corpus.tokens("train"),
+            self.context,
+            self.batch_size,
+            seed=self.seed,
+            first=self.consumed,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+        )
+        return DataLoader(stream, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the batches of validation windows, sharded by rank."""
+        windows_NT = self.corpus.windows("val", self.context, self.val_windows)
+        if self.trainer is not None:
+            windows_NT = windows_NT[self.trainer.global_rank :: self.trainer.world_size]
+        return window_loader(windows_NT, self.val_batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of consumed training batches."""
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue after that many batches."""
+        self.consumed = int(state_dict["consumed"])
+
+
+def window_loader(windows_NT: Tensor, batch_size: int) -> DataLoader:
+    """Return a loader of batches (B, T + 1) over windows (N, T + 1), in order."""
+    dataset = TensorDataset(windows_NT)
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=_first_column)
+
+
+def _first_column(items: list[tuple[Tensor, ...]]) -> Tensor:
+    return torch.stack([item[0] for item in items])

@@ -1,0 +1,94 @@
+"""Settings of the training loop and of what is watched while it runs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import check_types, positive
+from common.errors import ConfigError
+from train.init import InitConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerConfig:
+    """The training loop.
+
+    Attributes:
+        max_steps: Optimizer steps, at least 1.
+        batch_size: Windows per device and micro-batch, at least 1.
+        accumulate_grad_batches: Micro-batches per optimizer step.
+        gradient_clip_val: Largest gradient norm, or None (Muon ignores the scale of gradients).
+        precision: ``32-true`` or ``bf16-mixed`` (autocast; weights and constraints stay float32).
+        compile: Compile the model with ``torch.compile``.
+        devices: Devices on one node, a count or ``auto``.
+        num_nodes: Nodes.
+        strategy: Lightning strategy: ``auto``, ``ddp``.
+        deterministic: Ask for deterministic kernels (bit-exact resume on a GPU needs it).
+        val_every: Optimizer steps between validations, 0 for none before the end.
+        val_windows: Validation windows of those, spread evenly over the split.
+        final_windows: Windows of the last validation, None for the whole split.
+        val_batch_size: Windows per validation batch.
+        init: Initial biases.
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 32
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compile: bool = False
+    devices: int | str = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    deterministic: bool = False
+    val_every: int = 100
+    val_windows: int = 128
+    final_windows: int | None = None
+    val_batch_size: int = 64
+    init: InitConfig = field(default_factory=InitConfig)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in (
+            "max_steps",
+            "batch_size",
+            "accumulate_grad_batches",
+            "num_nodes",
+            "val_windows",
+            "val_batch_size",
+        ):
+            positive(f"trainer.{name}", getattr(self, name))
+        positive("trainer.val_every", self.val_every, zero=True)
+        for name in ("gradient_clip_val", "final_windows"):
+            if getattr(self, name) is not None:
+                positive(f"trainer.{name}", getattr(self, name))
+        is_count = isinstance(self.devices, int) and self.devices >= 1
+        if not is_count and self.devices != "auto":
+            raise ConfigError(f"trainer.devices={self.devices!r}: expected a count or auto")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallbacksConfig:
+    """What is watched during training; every period is in optimizer steps, 0 switches it off.
+
+    Attributes:
+        log_every: Steps between logged losses and throughputs.
+        certificate_every: Steps between naive certificates and layer norms.
+        sample_every: Steps between text samples (``samples.txt``).
+        sample_prompt: Text to continue; empty for the first validation characters.
+        sample_tokens: Tokens per sample.
+        checkpoint_every: Steps between checkpoints; Ctrl-C writes one as well.
+    """
+
+    log_every: int = 10
+    certificate_every: int = 100
+    sample_every: int = 200
+    sample_prompt: str = ""
+    sample_tokens: int = 200
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        positive("callbacks.log_every", self.log_every)
+        positive("callbacks.sample_tokens", self.sample_tokens)
+        for name in ("certificate_every", "sample_every", "checkpoint_every"):
+            positive(f"callbacks.{name}", getattr(self, name), zero=True)
