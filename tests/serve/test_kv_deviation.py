@@ -1,5 +1,6 @@
 """The certified eviction error against full attention, on every kind of head, in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,13 @@ from common.norms import spectral_norm
 from serve.kernels import compact_kv, paged_decode
 from serve.kv import LayerView, choose, policy_by_name
 from serve.kv.calibrate import calibrate, layer_stats
-from serve.kv.deviation import Summary, segment_length
+from serve.kv.deviation import (
+    AttentionConstants,
+    Summary,
+    head_deviation,
+    log_mass_bound,
+    segment_length,
+)
 from serve.kv.eviction import Deviation, EvictionLedger
 
 IDENTITY = 1e-12  # float64, outputs of size one
@@ -272,6 +279,69 @@ def test_summary_balls_contain_every_evicted_key_and_value():
             assert bool((far.where(inside, 0) <= radius[:, :, c, None]).all())
             mean = (x * inside[..., None]).sum(2) / inside.sum(2).clamp(min=1)[..., None]
             assert float((mean - centre[:, :, c]).abs().max()) < IDENTITY
+
+
+def filled_summary(kind, *, spread=1.0, seed=4):
+    """A layer of the given kind, two rows with random evictions, and the evicted slots."""
+    model = make_model(kind, gain=2.0)
+    layer = model.layers[0].layer
+    generator = torch.Generator().manual_seed(seed)
+    shape, size = (2, layer.kv_heads, 30), layer.head_dim
+    centre = torch.randn(*shape[:2], 1, size, generator=generator, dtype=torch.float64)
+    noise = torch.randn(*shape, size, generator=generator, dtype=torch.float64)
+    keys, values = centre + spread * noise, noise.flip(2)
+    keys[:, layer.content_kv_heads :] = 0
+    gone = torch.rand(shape, generator=generator) < 0.5
+    summary = Summary.empty((*shape[:2], 4), size, 48, torch.device("cpu"))
+    summary.add(keys, values, torch.arange(30).expand(shape), gone)
+    return model, summary, keys, gone
+
+
+def true_log_mass(model, keys, gone, q, t, cluster):
+    """Log-sum-exp of the evicted logits of one cluster, straight from the definition."""
+    layer, bias = model.layers[0].layer, model.layers[0].attention.position_bias
+    z = layer.logit_scale * q @ keys[:, :, None].mT
+    if bias is not None:
+        z = z + bias[:, t - torch.arange(30)].view(1, layer.kv_heads, layer.group, 1, 30)
+    inside = gone & (torch.arange(30) // segment_length(48, 4) == cluster)
+    return z.masked_fill(~inside[:, :, None, None], -torch.inf).logsumexp(-1)[..., 0]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 5.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mass_bound_dominates_the_true_mass(kind, spread):
+    """Oracle: the evicted logits; exact where all keys of a cluster coincide."""
+    model, summary, keys, gone = filled_summary(kind, spread=spread)
+    layer, t = model.layers[0].layer, 33
+    q = 4 * torch.randn(2, layer.kv_heads, layer.group, layer.head_dim, dtype=torch.float64)
+    q[:, layer.content_kv_heads :] = 0
+    constants = AttentionConstants.of(model, 0)
+    bound = log_mass_bound(summary, constants, q, torch.tensor([t, t]))
+    for cluster in range(4):
+        true = true_log_mass(model, keys, gone, q[..., None, :], t, cluster)
+        assert bool((bound[..., cluster] >= true).all())
+        is_exact = torch.full(bound.shape[1:2], spread == 0.0)
+        is_exact[layer.content_kv_heads :] = True
+        slack = (bound[..., cluster] - true)[:, is_exact].nan_to_num()
+        assert float(slack.abs().max() if slack.numel() else 0) < 1e-9
+
+
+def test_head_bound_is_the_largest_value_over_all_masses():
+    """Oracle: every vertex of the box of cluster masses."""
+    _, summary, _, _ = filled_summary("content")
+    generator = torch.Generator().manual_seed(7)
+    log_mass = torch.randn(2, 2, 2, 4, generator=generator, dtype=torch.float64)
+    o = torch.randn(2, 2, 2, 6, generator=generator, dtype=torch.float64)
+    lse = torch.randn(2, 2, 2, generator=generator, dtype=torch.float64)
+    got = head_deviation(summary, log_mass, o, lse)
+    reach = (summary.value_centre[:, :, None] - o[..., None, :]).norm(dim=-1)
+    reach = reach + summary.value_radius[:, :, None]
+    best = torch.zeros_like(lse)
+    for full in itertools.product((0.0, 1.0), repeat=4):
+        mass = torch.tensor(full) * (log_mass - lse[..., None]).exp()
+        best = best.maximum((mass * reach).sum(-1) / (1 + mass.sum(-1)))
+    assert float((got / best.flatten(1) - 1).abs().max()) < 1e-9
+    assert bool((got >= best.flatten(1)).all())
 
 
 def test_rows_are_reused_from_a_clean_state():
