@@ -102,7 +102,8 @@ METRICS: dict[str, str] = {
     "serve/seconds": "Time to generate, seconds",
     "serve/calibration_tokens": "Tokens read to collect key and query statistics",
     "serve/calibration_seconds": "Time to collect key and query statistics, seconds",
-    "serve/concentration": "Mean resultant length of pre-rotation queries and keys, 0 to 1",
+    "serve/calibration_stability": "Mean cosine of query centres between two halves of the text",
+    "serve/concentration": "Mean resultant length of queries before rotation, 0 to 1",
     "report/bytes": "Size of the report, bytes",
     "report/runs": "Runs compared in the report",
 }
