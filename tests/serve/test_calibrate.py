@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from common.bundle import load_bundle, save_bundle
+from common.config import build
+from common.corpus import prepare_corpus
 from common.errors import BundleError, ConfigError, DataError
-from common.models import LipschitzTransformer, ModelConfig
+from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
+from common.runs import Run
+from common.tokenizer import ByteTokenizer
+from common.tracking import is_declared
+from serve.calibrate_app import calibrate as command
 from serve.kv.calibrate import (
     CalibrateConfig,
     calibrate,
@@ -15,6 +23,7 @@ from serve.kv.calibrate import (
 )
 
 EXACT = 1e-12  # float64 means of a few hundred terms of size one
+SINGLE = 1e-6  # float32 activations of size one, batched differently
 STABLE_COSINE = 0.99  # what published models reach between two texts
 
 
@@ -131,3 +140,36 @@ def test_bad_settings_and_empty_text_are_refused():
         CalibrateConfig(split="test")
     with pytest.raises(DataError, match="give more text"):
         calibrate(make_model(), token_batches(1), skip=20)
+
+
+def test_command_extends_the_bundle_and_returns_declared_metrics(tmp_path, text_file):
+    """Oracle: the library call on the same windows; the bundle keeps weights and fingerprint."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=256, width=16, layers=2, heads=2, context=32)
+    model = LipschitzTransformer(config)
+    before = save_bundle(tmp_path / "bundle", model, ByteTokenizer())
+    data = {"_target_": "common.corpus.DataConfig", "source": "local", "path": str(text_file)}
+    settings = {"_target_": "serve.kv.calibrate.CalibrateConfig", "tokens": 640, "batch": 8}
+    cfg = {"bundle": str(tmp_path), "data": data, "calibrate": settings, "device": "cpu"}
+    run = Run(command="calibrate", directory=tmp_path, config=cfg, config_hash="")
+    outcome = command(OmegaConf.create(cfg), run)
+    assert all(is_declared(name) for name in outcome.metrics)
+    assert outcome.metrics["serve/calibration_tokens"] == 20 * (32 - 4)
+    assert 0 < outcome.metrics["serve/concentration"] < 1
+    after = load_bundle(outcome.artifacts["bundle"])
+    assert after.fingerprint == before.fingerprint
+    assert [entry is None for entry in layer_stats(after.kv_stats, after.config)] == [False, False]
+    corpus = prepare_corpus(build(data), after.tokenizer)
+    expected = calibrate(after.model, [corpus.windows("train", 32, 20)[:, :-1]], skip=4)
+    for key, value in expected.items():
+        assert float((value - after.kv_stats[key]).abs().max()) < SINGLE
+
+
+def test_command_refuses_a_classifier(tmp_path):
+    """Oracle: the error contract."""
+    save_bundle(tmp_path / "bundle", LipschitzMLP((4, 3)))
+    settings = {"_target_": "serve.kv.calibrate.CalibrateConfig"}
+    cfg = OmegaConf.create({"bundle": str(tmp_path), "calibrate": settings, "device": "auto"})
+    run = Run(command="calibrate", directory=tmp_path, config={}, config_hash="")
+    with pytest.raises(BundleError, match="no KV cache"):
+        command(cfg, run)

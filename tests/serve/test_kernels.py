@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from common.errors import BackendError, ConfigError, ShapeError
 from serve.kernels import compact_kv, gather_pages, paged_decode, score_keys
 
+ROOT = Path(__file__).resolve().parents[2]
 EXACT = 1e-12  # float64 sums of a few dozen terms of size one
 SINGLE = 1e-5  # float32 sums of a few dozen terms of size one
 
@@ -231,7 +233,7 @@ def test_triton_score_kernel_agrees_under_the_interpreter():
     """Oracle: the float64 torch reference on the same (rounded) keys; 26 programs."""
     script = textwrap.dedent(INTERPRETED)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=110
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=110, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "agrees"
