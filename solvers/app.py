@@ -1,0 +1,122 @@
+"""Commands ``certify``, ``verify`` and ``attack``: prove, re-prove and try to refute a bound."""
+
+import logging
+import math
+import time
+from typing import Any
+
+from common.bundle import Bundle, extend_bundle, load_bundle
+from common.certificate import Certificate
+from common.config import build
+from common.errors import BundleError
+from common.models import LipschitzTransformer
+from common.runs import Outcome, Run, hydra_command
+from solvers import bounds
+from solvers.bounds.attack import with_attack
+from solvers.bounds.checker import check
+
+log = logging.getLogger(__name__)
+
+
+def certify(cfg: Any, run: Run) -> Outcome:
+    """Certify the model of ``cfg.bundle`` and store the proof in the bundle.
+
+    Reads ``bundle``, ``certify`` and ``seed``. Attacks are part of it; what is stored has passed
+    the independent checker.
+    """
+    settings = build(cfg.certify)
+    bundle = _transformer(load_bundle(cfg.bundle))
+    began = time.perf_counter()
+    certificate = bounds.certify(bundle.model, settings.tighten, settings=settings.tightening())
+    metrics = {"cert/seconds": time.perf_counter() - began}
+    if settings.attack_steps:
+        began = time.perf_counter()
+        result = bounds.attack(bundle.model, certificate, settings=settings.attacks(int(cfg.seed)))
+        certificate = with_attack(certificate, result)
+        metrics["cert/attack_seconds"] = time.perf_counter() - began
+    report = check(bundle.config, bundle.model.state_dict(), certificate)
+    metrics["cert/verify_seconds"] = report.seconds
+    extended = extend_bundle(bundle.path, certificate=certificate, command=run.command)
+    return Outcome(
+        metrics=_finite(figures(certificate) | metrics),
+        artifacts={"bundle": extended.path},
+        objective=certificate.log10_tightened,
+    )
+
+
+def verify(cfg: Any, run: Run) -> Outcome:
+    """Re-prove the certificate stored in ``cfg.bundle``; an error names what is wrong."""
+    report = bounds.verify(cfg.bundle)
+    log.info(
+        "re-proved %d blocks: tightened %.9g, naive %.9g, of which rounding margin at most %.1e",
+        report.blocks,
+        report.tightened,
+        report.naive,
+        report.margin,
+    )
+    metrics = {
+        "verify/blocks": float(report.blocks),
+        "verify/seconds": report.seconds,
+        "verify/tightened": report.tightened,
+        "verify/naive": report.naive,
+    }
+    return Outcome(metrics=_finite(metrics))
+
+
+def attack(cfg: Any, run: Run) -> Outcome:
+    """Attack the model of ``cfg.bundle``; reads ``bundle``, ``certify`` and ``seed``."""
+    settings = build(cfg.certify).attacks(int(cfg.seed))
+    bundle = _transformer(load_bundle(cfg.bundle))
+    began = time.perf_counter()
+    result = bounds.attack(bundle.model, bundle.certificate, settings=settings)
+    if bundle.certificate is not None:
+        with_attack(bundle.certificate, result)
+    return Outcome(
+        metrics={
+            "attack/best": result.value,
+            "attack/structured": result.structured,
+            "attack/gradient": result.gradient,
+            "attack/random": result.random,
+            "attack/seconds": time.perf_counter() - began,
+        },
+        objective=result.value,
+    )
+
+
+def figures(certificate: Certificate) -> dict[str, float]:
+    """Return a certificate's numbers under their declared metric names."""
+    names = ("reference", "naive", "tightened")
+    values = {f"cert/{name}": float(getattr(certificate, name)) for name in names}
+    values |= {f"cert/log10_{n}": float(getattr(certificate, f"log10_{n}")) for n in names}
+    blocks = certificate.blocks
+    gaps = [(b.tightened - b.dual) / b.tightened for b in blocks if b.dual is not None]
+    values |= {
+        "cert/naive_over_tightened": 10 ** (certificate.log10_naive - certificate.log10_tightened),
+        "cert/radius": certificate.radius,
+        "cert/evals": float(sum(block.evals for block in blocks)),
+        "cert/gap": max(gaps, default=0.0),
+    }
+    values |= {f"cert/block/{block.index}": block.tightened for block in blocks}
+    if certificate.attack:
+        values["cert/attack"] = certificate.attack
+        values["cert/tightened_over_attack"] = certificate.tightened / certificate.attack
+    return values
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    # Bounds above the largest float stay visible through their logarithms.
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _transformer(bundle: Bundle) -> Bundle:
+    if not isinstance(bundle.model, LipschitzTransformer):
+        raise BundleError(
+            f"{bundle.path}: holds a {bundle.kind}; only transformers can be certified block by "
+            "block; a classifier's bound is the product of its norms, which training reports"
+        )
+    return bundle
+
+
+main_certify = hydra_command("certify", certify)
+main_verify = hydra_command("verify", verify)
+main_attack = hydra_command("attack", attack)

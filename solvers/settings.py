@@ -1,0 +1,54 @@
+"""Settings of the commands ``certify`` and ``attack``."""
+
+import dataclasses
+
+from common.config import check_types
+from solvers.bounds.attack import AttackSettings
+from solvers.bounds.network import TightenSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CertifySettings:
+    """What the configuration group ``certify`` says; see ``TightenSettings``, ``AttackSettings``.
+
+    Attributes:
+        tighten: Search multipliers; false leaves the bounds from operator norms.
+        method: Solver of the multiplier search.
+        tol: Wanted duality gap relative to the first value of each search.
+        max_evals: Eigen-decompositions per search.
+        attack_steps: Adam steps on each block; 0 switches all attacks off.
+        attack_network_steps: Adam steps on the whole network.
+        attack_starts: Sequences attacked at once.
+        attack_tokens: Length of the attacked sequences, tokens.
+        attack_rate: Adam step per token, relative to the radius.
+    """
+
+    tighten: bool = True
+    method: str = "halpern_anderson"
+    tol: float = 0.01
+    max_evals: int = 200
+    attack_steps: int = 40
+    attack_network_steps: int = 16
+    attack_starts: int = 4
+    attack_tokens: int = 16
+    attack_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.tightening()
+        self.attacks(0)
+
+    def tightening(self) -> TightenSettings:
+        """Return the settings of the multiplier search."""
+        return TightenSettings(method=self.method, tol=self.tol, max_evals=self.max_evals)
+
+    def attacks(self, seed: int) -> AttackSettings:
+        """Return the settings of the attacks."""
+        return AttackSettings(
+            steps=self.attack_steps,
+            network_steps=self.attack_network_steps,
+            starts=self.attack_starts,
+            tokens=self.attack_tokens,
+            rate=self.attack_rate,
+            seed=seed,
+        )
