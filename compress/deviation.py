@@ -3,7 +3,7 @@
 Each pruned block differs from the dense one by ``delta_l`` at the same input; the dense
 certificate carries that to the logits: ``e_{l+1} <= rho_l e_l + delta_l``, errors on the pruned
 trajectory, constants of the dense network. Tokens of the pruned network may leave the dense
-network's balls; then radii and attention constants are enlarged first.
+network's balls; then the dense blocks are first proved again on wider ones.
 Source: spec modhifi 5.2 (form B), bound_tightening 2.2 and 5; the chord intervals are our own.
 
 Letters: C width, F MLP width, N elementwise nonlinearities.
@@ -11,7 +11,7 @@ Letters: C width, F MLP width, N elementwise nonlinearities.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,15 @@ from common.certificate import BlockProof, Certificate
 from common.models import LayerConfig
 from common.norms import (
     SLACK,
-    UNIT,
     exact64,
     gamma,
-    lambda_max_bound,
     round_up,
     schur_norm,
-    weighted_gram,
 )
 from compress.chords import chord_interval
+from solvers.bounds.checker import prove_block
 from solvers.bounds.mlp_block import tighten_mlp
+from solvers.bounds.mlp_proof import MlpForm, mlp_bound
 from solvers.bounds.slopes import PHI_ERROR, apply
 
 
@@ -41,7 +40,8 @@ class Deviation:
         deltas: Per block (attention and MLP in turn), l2 bound on the change of its output.
         logits: Bound on the RMS change of the logits over the vocabulary, largest over tokens.
         radii: Per block, l2 bound on the tokens that enter it in the pruned network.
-        certificate: The dense certificate, its constants enlarged where radii demand it.
+        certificate: The dense certificate, its blocks proved on wider balls where needed; a record
+            of this calculation, not a certificate to store.
     """
 
     deltas: tuple[float, ...]
@@ -74,18 +74,17 @@ def certified_deviation(
     deltas, radii, blocks = [], [], []
     for index, kept_K in enumerate(kept):
         attention, mlp = certificate.blocks[2 * index : 2 * index + 2]
-        layer = dense.config.layer(index)
-        blocks += [_enlarge(attention, radius, layer.attn_residual), mlp]
+        attention = _prove_wider(dense, certificate, attention, radius)
         radii.append(radius)
         # The attention output is homogeneous in the radius: it has no biases on its values.
         radius = round_up(radius * (attention.radius_out / attention.radius_in))
+        mlp = _prove_wider(dense, certificate, mlp, radius)
         radii.append(radius)
-        wide = max(radius, mlp.radius_in)
+        blocks += [attention, mlp]
         delta, radius_out = _block_bounds(
-            dense.layers[index].mlp, pruned.layers[index].mlp, kept_K, wide, max_evals
+            dense.layers[index].mlp, pruned.layers[index].mlp, kept_K, mlp.radius_in, max_evals
         )
-        excess = mlp.tightened * max(0.0, radius - mlp.radius_in)
-        radius = min(radius_out, round_up(mlp.radius_out + excess + delta))
+        radius = min(radius_out, round_up(mlp.radius_out + delta))
         deltas += [0.0, delta]
     enlarged = dataclasses.replace(certificate, blocks=tuple(blocks))
     return Deviation(
@@ -148,25 +147,14 @@ def branch_bound(
     if not skip and not bool(tensors["down.weight"].any()):
         return start
     form = _chord_form(tensors, layer, radius, skip)
-    multipliers_N = tighten_mlp(form.c_CC, form.b_CN, form.g_NC, max_evals=max_evals).theta.exp()
-    inverse_N = (1 / multipliers_N) * (1 + 4 * UNIT)
-    x_CC, x_error = weighted_gram(form.g_NC, multipliers_N)
-    y_CC, y_error = weighted_gram(form.b_CN.T, inverse_N)
-    k = torch.cat((torch.cat((x_CC, form.c_CC.T), 1), torch.cat((form.c_CC, y_CC), 1)))
-    slope = lambda_max_bound(k, max(x_error, y_error) + form.error)
+    found = tighten_mlp(form.c_CC, form.b_CN, form.g_NC, max_evals=max_evals)
+    slope, _ = mlp_bound(form, found.theta.exp())
     return round_up(start + round_up(slope * radius))
-
-
-class _Form(NamedTuple):
-    c_CC: Tensor
-    b_CN: Tensor
-    g_NC: Tensor
-    error: float
 
 
 def _chord_form(
     tensors: Mapping[str, Tensor], layer: LayerConfig, radius: float, skip: float
-) -> _Form:
+) -> MlpForm:
     """Return the difference quotients from 0 as ``C + B S G`` and the rounding made in ``C``."""
     used_F = tensors["down.weight"].any(0)
     if layer.activation == "maxmin":
@@ -191,7 +179,7 @@ def _chord_form(
     c_CC = c_CC + (outer_CN * middle_N) @ inner_NC
     size_CC = size_CC + (outer_CN.abs() * middle_N.abs()) @ inner_NC.abs()
     error = 1.01 * gamma(2 * len(inner_NC) + 16) * schur_norm(size_CC)
-    return _Form(c_CC, outer_CN * spread_N, inner_NC, error)
+    return MlpForm(c_CC, outer_CN * spread_N, inner_NC, error)
 
 
 def _block_bounds(
@@ -209,23 +197,29 @@ def _block_bounds(
     return delta, branch_bound(tensors, pruned.layer, radius, skip=1 - a, max_evals=0)
 
 
-def _enlarge(block: BlockProof, radius: float, a: float) -> BlockProof:
-    """Return an attention block whose constant holds on a ball of ``radius``.
-
-    Its bound is ``(1 - a) + a (c0 + c1 R^2)``, so the second part grows at most by the squared
-    ratio of the radii.
-    """
+def _prove_wider(
+    dense: Any, certificate: Certificate, block: BlockProof, radius: float
+) -> BlockProof:
+    """Return a block's proof on the ball of ``radius``, proved again where that is wider."""
     if radius <= block.radius_in:
         return block
-    rho = block.tightened if block.tightened >= 1 - a else block.naive
-    ratio = radius / block.radius_in
-    enlarged = round_up((1 - a) + max(rho - (1 - a), 0.0) * ratio * ratio)
+    multipliers = {
+        name.removeprefix(block.key): tensor
+        for name, tensor in certificate.multipliers.items()
+        if name.startswith(block.key)
+    }
+    naive_radius = max(radius, block.naive_radius_in)
+    bound = prove_block(
+        dense.config, dense.state_dict(), block.index, radius, naive_radius, multipliers
+    )
     return dataclasses.replace(
         block,
-        tightened=enlarged,
-        naive=max(block.naive, enlarged),
+        tightened=bound.tightened,
+        naive=bound.naive,
         radius_in=radius,
-        radius_out=round_up(block.radius_out * ratio),
+        radius_out=bound.radius_out,
+        naive_radius_in=naive_radius,
+        naive_radius_out=bound.naive_radius_out,
     )
 
 

@@ -21,6 +21,7 @@ POOL_FACTOR = 4
 """Pool size over block size: smaller pools remove both members of a redundant pair."""
 MAX_BLOCK = 64
 RIDGE_LIMIT = 1e-2
+"""Largest ridge tried where a smaller one fails, relative to the mean diagonal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -88,7 +89,7 @@ def regular_cholesky(gram_II: Tensor, penalty: float) -> Tensor:
     mean = float(gram_II.diagonal().mean())
     identity = torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
     ridge = penalty
-    while ridge <= RIDGE_LIMIT * mean:
+    while ridge <= max(RIDGE_LIMIT * mean, penalty):
         factor_II, info = torch.linalg.cholesky_ex(gram_II + ridge * identity)
         if not info:
             return factor_II

@@ -7,9 +7,6 @@ from torch import Tensor
 from common.models import LipschitzTransformer, ModelConfig
 from compress.targets import Problem
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "abs", "maxmin")
-"""Every activation of the model."""
-
 
 def features(kind: str, rows: int, inputs: int, generator: torch.Generator) -> Tensor:
     """Return activations (rows, inputs): ``free``, ``low_rank`` or ``clusters`` of four."""

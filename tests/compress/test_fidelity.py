@@ -55,7 +55,7 @@ def test_obs_picks_the_cheapest_component_first(make_problem, kind, unit):
 
 def test_pooled_rounds_match_one_at_a_time(make_problem):
     """Oracle: the same elimination restarted after every single removal."""
-    problem, held = make_problem("clusters", inputs=128, rows=4096)
+    problem, _ = make_problem("clusters", inputs=128, rows=4096)
     pooled = rank(problem, "obs", keep=64)
     left = torch.arange(128)
     for _ in range(64):

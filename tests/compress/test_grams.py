@@ -15,6 +15,7 @@ SINGLE = 1e-5
 
 
 def rows(count: int, inputs: int, seed: int = 0) -> torch.Tensor:
+    """Return noise with a mean (count, inputs)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, inputs, generator=generator, dtype=torch.float64) + 0.5
 
