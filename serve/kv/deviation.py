@@ -114,6 +114,29 @@ def segment_length(context: int, clusters: int) -> int:
     return -(-context // clusters)
 
 
+@dataclass(frozen=True, slots=True)
+class BiasTable:
+    """Exponentials of a relative-position bias, laid out by original position.
+
+    Attributes:
+        windows: View (T, H, T), float64: entry (T - 1 - t, h, p) is exp(b_h(t - p) - peak_h),
+            0 for p > t.
+        peak_H: Largest bias of each head (H,).
+    """
+
+    windows: Tensor
+    peak_H: Tensor
+
+    @classmethod
+    def of(cls, bias_HT: Tensor) -> "BiasTable":
+        """Prepare a float64 table (H, context); what would underflow is rounded up."""
+        context = bias_HT.shape[1]
+        peak_H = bias_HT.amax(1)
+        exp_HT = (bias_HT - peak_H[:, None]).clamp(min=-LOG_MAX).exp()
+        padded = F.pad(exp_HT.flip(1), (0, context - 1))
+        return cls(padded.unfold(1, context, 1).transpose(0, 1), peak_H)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConstants:
     """What the bound needs of one attention block.
@@ -121,14 +144,14 @@ class AttentionConstants:
     Attributes:
         gain: Residual weight times attention factor.
         scale: Factor on the query-key product.
-        bias_HT: Relative-position bias, float64, or None.
+        bias: Relative-position bias, prepared for sums over evicted positions, or None.
         norm_bound: Bound on the spectral norm of the output matrix.
         head_norm_bounds: The same for each head's columns (H,), float64.
     """
 
     gain: float
     scale: float
-    bias_HT: Tensor | None
+    bias: BiasTable | None
     norm_bound: float
     head_norm_bounds: Tensor
 
@@ -142,7 +165,7 @@ class AttentionConstants:
         return cls(
             gain=layer.attn_residual * layer.attn_factor,
             scale=layer.logit_scale,
-            bias_HT=None if bias is None else bias.detach().double(),
+            bias=None if bias is None else BiasTable.of(bias.detach().double()),
             norm_bound=spectral_norm_bound(weight_OI),
             head_norm_bounds=torch.tensor(heads, dtype=torch.float64, device=weight_OI.device),
         )
@@ -169,10 +192,10 @@ def log_mass_bound(
     middle = constants.scale * q_RKGD @ summary.key_centre.mT
     spread = constants.scale * q_RKGD.norm(dim=-1)[..., None] * summary.key_radius[:, :, None]
     squared = torch.minimum(spread, spread.square() / 2)
-    if constants.bias_HT is None:
+    if constants.bias is None:
         total, worst = count.log().expand_as(middle), torch.zeros_like(middle)
     else:
-        total, worst = _bias_mass(summary, constants.bias_HT, positions_R)
+        total, worst = _bias_mass(summary, constants, positions_R)
     bound = middle + torch.minimum(total + spread, count.log() + worst + squared)
     # An empty cluster has log 0 = -inf, which outward rounding must not touch.
     slack = OUTWARD * (1 + middle.abs() + spread + bound.abs().nan_to_num(posinf=0.0))
@@ -201,16 +224,16 @@ def head_deviation(summary: Summary, log_mass: Tensor, o_RKGD: Tensor, lse_RKG: 
     return (bound.amax(-1) * (1 + OUTWARD)).flatten(1)
 
 
-def _bias_mass(summary: Summary, bias_HT: Tensor, positions_R: Tensor) -> tuple[Tensor, Tensor]:
+def _bias_mass(
+    summary: Summary, constants: AttentionConstants, positions_R: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return log sum exp and maximum of the bias over each cluster's gone positions."""
+    assert constants.bias is not None
     rows, kv_heads, clusters = summary.count.shape
-    heads, context = bias_HT.shape
-    position_T = torch.arange(context, device=bias_HT.device)
-    distance_RT = (positions_R[:, None] - position_T).clamp(0, context - 1)
-    bias_RHT = bias_HT[:, distance_RT].transpose(0, 1)
-    is_gone = summary.is_gone[:, :, None]
-    bias = bias_RHT.view(rows, kv_heads, heads // kv_heads, context)
-    bias = bias.masked_fill(~is_gone, -torch.inf)
+    context = summary.is_gone.shape[2]
+    window_RHT = constants.bias.windows.index_select(0, context - 1 - positions_R)
+    lost = window_RHT.view(rows, kv_heads, -1, context) * summary.is_gone[:, :, None]
     pad = segment_length(context, clusters) * clusters - context
-    bias = F.pad(bias, (0, pad), value=-torch.inf).unflatten(-1, (clusters, -1))
-    return bias.logsumexp(-1), bias.amax(-1)
+    lost = (F.pad(lost, (0, pad)) if pad else lost).unflatten(-1, (clusters, -1))
+    peak = constants.bias.peak_H.view(kv_heads, -1, 1)
+    return lost.sum(-1).log() + peak, lost.amax(-1).log() + peak

@@ -99,7 +99,7 @@ class EvictionLedger:
         self._free: list[int] = []
         self._compressed: set[int] = set()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def open(self) -> int:
         """Start a sequence with nothing evicted and return its row."""
         if not self._free:
@@ -115,7 +115,7 @@ class EvictionLedger:
         self._compressed.discard(row)
         self._free.append(row)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def evict(self, view: LayerView, rows: Sequence[int], keep_RKS: Tensor) -> None:
         """Note what a compaction of one layer is about to drop; call it before ``compact_kv``.
 
@@ -137,7 +137,7 @@ class EvictionLedger:
         self.summaries[view.index].put(index, summary)
         self._compressed.update(rows)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def observe(
         self,
         layer: int,
@@ -172,7 +172,7 @@ class EvictionLedger:
         delta_R = constants.block_deviation(head_RH)
         self.delta_RL[:, layer].scatter_reduce_(0, index, delta_R, "amax")
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def deviation(self, rows: Sequence[int]) -> Deviation:
         """Bound how far the sequences are from full attention on the same tokens."""
         delta_RL = self.delta_RL[self._rows(rows)]
