@@ -6,10 +6,8 @@ import math
 import pytest
 import torch
 
-from common.certificate import BlockProof, Certificate
 from common.errors import CertificateError, ConfigError
 from common.models import LipschitzTransformer, ModelConfig
-from common.norms import spectral_norm
 from serve.kernels import compact_kv, paged_decode
 from serve.kv import LayerView, choose, policy_by_name
 from serve.kv.calibrate import calibrate, layer_stats
@@ -21,6 +19,7 @@ from serve.kv.deviation import (
     segment_length,
 )
 from serve.kv.eviction import Deviation, EvictionLedger
+from solvers.bounds import certify
 
 IDENTITY = 1e-12  # float64, outputs of size one
 LENGTH, VOCAB = 36, 13
@@ -51,42 +50,8 @@ def make_model(kind, *, seed=0, gain=1.0, slope=0.0):
 
 
 def make_certificate(model):
-    """Block constants by plain operator norms: valid bounds, and far from tight."""
-    radius = model.domain_radius()
-    blocks, reach = [], radius
-    for index, layer in enumerate(model.layers):
-        config, attention = layer.layer, layer.attention
-        value = spectral_norm(attention.value.weight)
-        total = 0.0
-        for head, out in enumerate(attention.output.weight.split(config.head_dim, dim=1)):
-            score = 0.0
-            if head < config.content_heads:
-                rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
-                query = spectral_norm(attention.query.weight[rows])
-                score = 2 * config.logit_scale * reach**2 * query
-                score *= spectral_norm(attention.key.weight)
-            total += spectral_norm(out) * value * (1 + score)
-        mlp = spectral_norm(layer.mlp.up.weight) * spectral_norm(layer.mlp.down.weight)
-        gains = [(config.attn_residual, config.attn_factor * total), (config.mlp_residual, mlp)]
-        growth = [config.attn_factor * total, mlp]
-        for offset, ((a, inner), grown) in enumerate(zip(gains, growth, strict=True)):
-            rho, out_radius = 1 - a + a * inner, reach * (1 - a + a * grown)
-            blocks.append(
-                BlockProof(
-                    index=2 * index + offset, layer=index, kind=("attention", "mlp")[offset],
-                    reference=rho, naive=rho, tightened=rho, radius_in=reach,
-                    radius_out=out_radius, naive_radius_in=reach, naive_radius_out=out_radius,
-                )
-            )  # fmt: skip
-            reach = out_radius
-    head = model.head.weight * model.config.final_scale
-    pair = (head[:, None] - head[None]).norm(dim=-1).max()
-    return Certificate(
-        width=24, vocab_size=VOCAB, radius=radius, blocks=tuple(blocks),
-        head_norm=spectral_norm(head), pair_norm=float(pair), reference=1.0, naive=1.0,
-        tightened=1.0, log10_reference=0.0, log10_naive=0.0, log10_tightened=0.0,
-        weights_sha256={}, config_sha256="",
-    )  # fmt: skip
+    """The network certificate from operator norms alone: valid, quick, far from tight."""
+    return certify(model, tighten=False)
 
 
 class CompressedRun:
