@@ -29,6 +29,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 PACKAGES = ("common", "solvers", "train", "compress", "serve", "conf")
 
+# Hydra's own; anything else with dashes is a slip for key=value.
+OPTIONS = (
+    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package"),
+    *("-r", "--run", "-m", "--multirun", "-sc", "--shell-completion", "-i", "--info"),
+    *("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
+    "--experimental-rerun",
+)
+
 COMMAND_VARIABLE = "LIPLLM_COMMAND"
 TRACE_VARIABLE = "LIPLLM_TRACE"
 
@@ -43,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 2 the user can correct it, 130 interrupted.
     """
     if argv is not None:
-        sys.argv = ["lipllm", *argv]
+        # A real path: rank processes are started from it.
+        sys.argv = [str(Path(sys.executable).with_name("lipllm")), *argv]
     try:
         return _dispatch()
     except KeyboardInterrupt:
@@ -72,6 +81,7 @@ def _dispatch() -> int:
     command = _take_command()
     if command is None:
         return _without_command(sys.argv[1:])
+    _check_options(sys.argv[1:])
     _check_packages()
     # Rank processes are started without the command word and find it here.
     os.environ[COMMAND_VARIABLE] = command
@@ -119,6 +129,15 @@ def _without_command(arguments: Sequence[str]) -> int:
         f"{', '.join(COMMANDS)}; {hint}\n"
     )
     return 2
+
+
+def _check_options(arguments: Sequence[str]) -> None:
+    from common.errors import ConfigError
+
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option.startswith("-") and option not in OPTIONS:
+            raise ConfigError(f"unknown option {option!r}: settings are written key=value")
 
 
 def _check_packages() -> None:

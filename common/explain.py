@@ -78,6 +78,9 @@ def _configuration(error: BaseException) -> str | None:
         return f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}: correct it"
     if isinstance(error, HydraException):
         return _composition(error)
+    deleted = [argument for argument in sys.argv[1:] if argument.startswith("~")]
+    if deleted and isinstance(error, omega.ConfigAttributeError | omega.ConfigKeyError):
+        return f"{deleted[0]}: this command needs that key: remove the override"
     return None
 
 

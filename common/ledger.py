@@ -213,7 +213,7 @@ def _execute(run: Run, body: Body, settings: Any) -> Finished:
         "started": time.time(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "config": run.config,
+        "config": _finite(run.config),
     }
     write_json(run.directory / RUN_FILE, record)
     os.environ[RESUMED_VARIABLE] = "1" if run.resumed else "0"
@@ -234,6 +234,15 @@ def _execute(run: Run, body: Body, settings: Any) -> Finished:
     write_json(run.directory / RUN_FILE, record | {"objective": outcome.objective})
     write_json(run.directory / SUMMARY_FILE, summary)
     return Finished(path=run.directory / SUMMARY_FILE, summary=summary, objective=outcome.objective)
+
+
+def _finite(value: Any) -> Any:
+    """Return plain containers with infinities and NaN as text, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_worker_rank() -> bool:

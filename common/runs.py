@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import ConfigError, LipError
+from common.config import check_types, within
+from common.errors import ConfigError
 from common.explain import explain
 from common.ledger import (
     RESUMED_VARIABLE,
@@ -68,19 +70,39 @@ def hydra_command(config_name: str, body: Body, *, shared: bool = False) -> Call
         wrapped = hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
         try:
             wrapped(job)()
-        except OSError as error:
-            if isinstance(error, HydraException):
-                raise
-            # The job's own errors are in ``failures``: this is Hydra, making the run directory.
-            raise ConfigError(
-                f"{error.filename}: cannot write a run directory ({error.strerror}): choose "
-                "another with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
-            ) from error
+        except (HydraException, OmegaConfBaseException):
+            raise
+        except (OSError, ValueError) as error:
+            # The job's own errors are in ``failures``: these are of Hydra, before the job.
+            raise _before_the_job(error) from error
         if failures:
             raise failures[0]
         return 2 if SweepReport.failed else 0
 
     return main
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SharedKeys:
+    """The keys that every command has, for their types."""
+
+    seed: int = 0
+    device: str = "auto"
+    name: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        within("seed", self.seed, 0, 2**63 - 1)
+
+
+def _before_the_job(error: Exception) -> ConfigError:
+    if isinstance(error, OSError):
+        return ConfigError(
+            f"{error.filename}: cannot write a run directory ({error.strerror}): choose "
+            "another with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
+        )
+    return ConfigError(f"the overrides cannot be applied: {error}; correct them")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -99,6 +121,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def _run_job(command: str, body: Body, cfg: DictConfig, *, shared: bool) -> float | None:
     directory = Path(HydraConfig.get().runtime.output_dir)
     config = plain(cfg)
+    _SharedKeys(**{key: config[key] for key in _SharedKeys.__slots__ if key in config})
     OmegaConf.set_readonly(cfg, True)
     run = Run(
         command=command,
@@ -131,12 +154,12 @@ def _print_end(finished: Finished) -> None:
 
 def _record_failure(error: Exception, failures: list[BaseException]) -> None:
     directory = Path(HydraConfig.get().runtime.output_dir)
+    line = explain(error)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
-        if isinstance(error, LipError):
+        if line is not None:
             _discard(directory)
         failures.append(error)
         return
-    line = explain(error)
     if line is None or os.environ.get("LIPLLM_TRACE") == "1":
         traceback.print_exception(error)
     (directory / ERROR_FILE).write_text(line or f"{type(error).__name__}: {error}", "utf-8")

@@ -68,6 +68,18 @@ def test_body_gets_its_directory_and_resolved_configuration(doctor: Callable[...
     assert not seen[0].resumed
 
 
+def test_infinite_setting_is_recorded(doctor: Callable[..., Any]) -> None:
+    """Oracle: JSON without infinities; the body gets the number."""
+
+    def body(cfg: Any, run: Run) -> Outcome:
+        assert cfg.tau == float("inf")
+        return Outcome()
+
+    assert doctor(body, "+tau=inf").status == 0
+    record = (_directories()[0] / "run.json").read_text()
+    assert json.loads(record, parse_constant=pytest.fail)["config"]["tau"] == "inf"
+
+
 def test_finished_runs_are_not_reused(doctor: Callable[..., Any]) -> None:
     """Oracle: two directories after two runs, also within one second."""
     doctor(_fine)
@@ -227,6 +239,12 @@ def test_worker_rank_writes_no_bookkeeping(
         (["name=${nowhere}"], "nowhere"),
         (["seed=???"], "seed is not set: add seed=VALUE"),
         (["--config-name=nope"], "nope"),
+        (["hydra=null"], "overrides cannot be applied"),
+        (["--seed", "3"], "unknown option '--seed': settings are written key=value"),
+        (["~seed"], "~seed: this command needs that key"),
+        (["seed=x"], "seed='x': expected int"),
+        (["seed=-1"], "seed=-1: expected 0 to"),
+        (["force=maybe"], "force='maybe': expected bool"),
     ],
 )
 def test_configuration_errors_are_one_line(
