@@ -13,7 +13,7 @@ from common.bundle_format import WEIGHTS
 from common.config import build
 from common.corpus import Corpus, prepare_corpus
 from common.files import write_json
-from common.runs import Outcome, Run
+from common.runs import Outcome, Run, hydra_command
 from compress.frontier import frontier_point, frontier_points
 from compress.measure import bits_per_byte, mlp_speedup
 from compress.pruner import Survey, survey
@@ -95,12 +95,21 @@ def _metrics(
 ) -> dict[str, float]:
     # The bundle came back on the CPU; the model that was measured is the one still in memory.
     model: Any = report.pruning.model
+    fits = report.pruning.fits
     return {
         "compress/removed_fraction": report.removed_fraction,
-        "compress/params": report.params,
+        "compress/mlp_neurons_removed": sum(fit.target.inputs - len(fit.kept_K) for fit in fits),
+        "compress/params": model.num_parameters,
+        "compress/params_before": dense.model.num_parameters,
         "compress/bundle_bytes": _weight_bytes(pruned.path) / _weight_bytes(dense.path),
         "compress/mlp_speedup": mlp_speedup(dense.model, model),
+        "compress/fidelity": 1 - sum(fit.held_error for fit in fits) / len(fits),
         "compress/val_bits_per_byte": bits_per_byte(model, windows_BT, bytes_per_token),
+        "compress/val_bits_per_byte_before": bits_per_byte(
+            dense.model, windows_BT, bytes_per_token
+        ),
+        "compress/top1_agreement": report.top1_agreement,
+        "compress/certified_top1": report.certified_top1,
         "compress/measured_deviation": report.measured_deviation,
         "compress/semi_empirical_deviation": report.semi_empirical_deviation,
         "compress/certified_deviation": report.certified_deviation,
@@ -115,3 +124,6 @@ def _device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+main = hydra_command("compress", compress)

@@ -128,7 +128,7 @@ class Calibration:
     ):
         sequences, length = tokens_BT.shape
         held = min(sequences - 1, max(1, round(holdout * sequences))) if holdout > 0 else 0
-        if sequences - held < 1:
+        if sequences < 1:
             raise DataError(f"{sequences} calibration sequences: expected at least 1; add text")
         per_batch = max(1, batch_tokens // length)
         device = next(model.parameters()).device

@@ -21,17 +21,21 @@ SPEED_TOKENS = 2048
 SPEED_ROUNDS = 15
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Measured:
-    """Largest deviations seen on a text.
+    """Deviations seen on a text.
 
     Attributes:
         deltas: Per block, largest l2 change of its output on the pruned trajectory.
         logits: Largest RMS change of a token's logits over the vocabulary.
+        top1_agreement: Share of positions whose most likely token is unchanged.
+        margins_M: Dense logit of the first minus that of the second token, per position.
     """
 
     deltas: tuple[float, ...]
     logits: float
+    top1_agreement: float
+    margins_M: Tensor
 
 
 @torch.no_grad()
@@ -69,7 +73,7 @@ def measure_deviation(dense: Any, pruned: Any, tokens_BT: Tensor) -> Measured:
     dense, pruned = copy.deepcopy(dense).double(), copy.deepcopy(pruned).double()
     device = next(dense.parameters()).device
     deltas = [0.0] * (2 * len(dense.layers))
-    logits = 0.0
+    logits, same, margins = 0.0, 0, []
     for part in _batches(tokens_BT):
         x_BTC = y_BTC = dense.embed(part.to(device))
         for index, (old, new) in enumerate(zip(dense.layers, pruned.layers, strict=True)):
@@ -78,9 +82,17 @@ def measure_deviation(dense: Any, pruned: Any, tokens_BT: Tensor) -> Measured:
             same_BTC, y_BTC = old.mlp_block(y_BTC), new.mlp_block(y_BTC)
             delta = float((same_BTC - y_BTC).norm(dim=-1).max())
             deltas[2 * index + 1] = max(deltas[2 * index + 1], delta)
-        change_BTV = dense.logits(x_BTC) - pruned.logits(y_BTC)
-        logits = max(logits, float(change_BTV.square().mean(-1).sqrt().max()))
-    return Measured(deltas=tuple(deltas), logits=logits)
+        old_BTV, new_BTV = dense.logits(x_BTC), pruned.logits(y_BTC)
+        logits = max(logits, float((old_BTV - new_BTV).square().mean(-1).sqrt().max()))
+        same += int((old_BTV.argmax(-1) == new_BTV.argmax(-1)).sum())
+        top_BT2 = old_BTV.topk(2, dim=-1).values
+        margins.append((top_BT2[..., 0] - top_BT2[..., 1]).flatten())
+    return Measured(
+        deltas=tuple(deltas),
+        logits=logits,
+        top1_agreement=same / tokens_BT.numel(),
+        margins_M=torch.cat(margins),
+    )
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """``prune``: from a certified bundle to a smaller bundle and the account of what it cost."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from common.bundle import Bundle, save_bundle
 from common.certificate import Certificate
 from common.errors import BundleError, CertificateError, ConfigError, DataError
+from common.norms import round_up
 from compress.deviation import Deviation, certified_deviation
 from compress.fit import LayerFit
 from compress.measure import Measured, measure_deviation
@@ -34,6 +36,8 @@ class PruneReport:
         measured_deviation: Largest one seen on held-out text.
         semi_empirical_deviation: Largest per-block changes seen there, certified propagation.
         certified_deviation: Bound over every input of the certificate's domain.
+        top1_agreement: Share of held-out positions whose most likely token is unchanged.
+        certified_top1: Share of them whose margin proves that.
         layers: Per layer: width before and after, kept neurons, relative errors, changes.
         pruning: The model and the per-layer decisions.
         deviation: The bound's parts.
@@ -45,6 +49,8 @@ class PruneReport:
     measured_deviation: float
     semi_empirical_deviation: float
     certified_deviation: float
+    top1_agreement: float
+    certified_top1: float
     layers: tuple[dict[str, Any], ...]
     pruning: Pruning
     deviation: Deviation
@@ -62,6 +68,8 @@ class PruneReport:
             "measured_deviation": self.measured_deviation,
             "semi_empirical_deviation": self.semi_empirical_deviation,
             "certified_deviation": self.certified_deviation,
+            "top1_agreement": self.top1_agreement,
+            "certified_top1": self.certified_top1,
             "layers": list(self.layers),
         }
 
@@ -148,6 +156,8 @@ def make_report(
         measured_deviation=measured.logits,
         semi_empirical_deviation=semi,
         certified_deviation=deviation.logits,
+        top1_agreement=measured.top1_agreement,
+        certified_top1=_proved_share(measured, deviation),
         layers=tuple(_layer_record(fit, deviation, measured) for fit in pruning.fits),
         pruning=pruning,
         deviation=deviation,
@@ -200,6 +210,14 @@ def _check_order(measured: float, semi: float, certified: float) -> None:
                 f"{names} ({low:.6g} > {high:.6g}): the certificate is refuted; certify the dense "
                 "bundle again and report this"
             )
+
+
+def _proved_share(measured: Measured, deviation: Deviation) -> float:
+    """Return the share of positions whose margin exceeds what a pair of logits can move."""
+    proof = deviation.certificate
+    stream = deviation.logits * math.sqrt(proof.vocab_size) / proof.head_norm
+    moved = round_up(round_up(stream) * proof.pair_norm)
+    return float((measured.margins_M > moved).double().mean())
 
 
 def _layer_record(fit: LayerFit, deviation: Deviation, measured: Measured) -> dict[str, Any]:
