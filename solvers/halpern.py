@@ -20,7 +20,7 @@ from solvers.solution import Status
 _NOISE_UNITS = 16.0  # rounding allowance of the cocoercivity test, in units of eps
 _NEGATIVE = 1e-10  # relative size of an inner product that counts as negative
 _SKEW = 1e4  # L over the observed slope beyond which F cannot be called cocoercive
-_MAX_DOUBLINGS = 60
+_MAX_DOUBLINGS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
