@@ -29,6 +29,8 @@ from serve.kv.deviation import (
 )
 from serve.kv.policy import LayerView
 
+LARGEST = 1 << 22  # float64 numbers of a temporary
+
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
@@ -160,17 +162,29 @@ class EvictionLedger:
         chosen = [i for i, row in enumerate(rows) if row in self._compressed]
         if not chosen:
             return
-        pick = self._rows(chosen)
-        index = self._rows([rows[i] for i in chosen])
+        pick, index = self._rows(chosen), self._rows([rows[i] for i in chosen])
+        # A chunk of many tokens goes in parts: the bias needs (R, H, context) numbers.
+        part = max(1, LARGEST // (q_RHD.shape[1] * self.model.config.context))
+        for picked, row_index in zip(pick.split(part), index.split(part), strict=True):
+            given = (q_RHD[picked], o_RHD[picked], lse_RH[picked], positions_R[picked])
+            delta_R = self._block_deviation(layer, row_index, *given)
+            self.delta_RL[:, layer].scatter_reduce_(0, row_index, delta_R, "amax")
+
+    def _block_deviation(
+        self,
+        layer: int,
+        index: Tensor,
+        q_RHD: Tensor,
+        o_RHD: Tensor,
+        lse_RH: Tensor,
+        positions_R: Tensor,
+    ) -> Tensor:
         summary, constants = self.summaries[layer].take(index), self.constants[layer]
-        kv_heads = summary.count.shape[1]
-        q_RKGD = q_RHD[pick].double().unflatten(1, (kv_heads, -1))
-        o_RKGD = o_RHD[pick].unflatten(1, (kv_heads, -1))
-        lse_RKG = lse_RH[pick].unflatten(1, (kv_heads, -1))
-        log_mass = log_mass_bound(summary, constants, q_RKGD, positions_R[pick])
-        head_RH = head_deviation(summary, log_mass, o_RKGD, lse_RKG)
-        delta_R = constants.block_deviation(head_RH)
-        self.delta_RL[:, layer].scatter_reduce_(0, index, delta_R, "amax")
+        groups = (summary.count.shape[1], -1)
+        q_RKGD = q_RHD.double().unflatten(1, groups)
+        log_mass = log_mass_bound(summary, constants, q_RKGD, positions_R)
+        o_RKGD, lse_RKG = o_RHD.unflatten(1, groups), lse_RH.unflatten(1, groups)
+        return constants.block_deviation(head_deviation(summary, log_mass, o_RKGD, lse_RKG))
 
     @torch.inference_mode()
     def deviation(self, rows: Sequence[int]) -> Deviation:

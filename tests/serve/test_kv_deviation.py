@@ -9,7 +9,7 @@ import torch
 from common.errors import CertificateError, ConfigError
 from common.models import LipschitzTransformer, ModelConfig
 from serve.kernels import compact_kv, paged_decode
-from serve.kv import LayerView, choose, policy_by_name
+from serve.kv import LayerView, choose, eviction, policy_by_name
 from serve.kv.calibrate import calibrate, layer_stats
 from serve.kv.deviation import (
     AttentionConstants,
@@ -322,6 +322,27 @@ def test_rows_are_reused_from_a_clean_state():
     assert ledger.open() == run.row
     assert float(ledger.deviation([run.row]).logits_R) == 0
     assert not bool(ledger.summaries[0].is_gone[run.row].any())
+
+
+@pytest.mark.parametrize("largest", [1, 1 << 22])
+def test_many_tokens_of_one_sequence_keep_the_largest_bound(largest, monkeypatch):
+    """Oracle: the same tokens observed one by one, in any partition."""
+    monkeypatch.setattr(eviction, "LARGEST", largest)
+    model = make_model("content_and_bias")
+    first, second = run_compressed(model)[0], run_compressed(model)[0]
+    generator = torch.Generator().manual_seed(9)
+    q = 3 * torch.randn(6, 4, 6, generator=generator, dtype=torch.float64)
+    o = torch.randn(6, 4, 6, generator=generator, dtype=torch.float64)
+    lse, positions = torch.zeros(6, 4, dtype=torch.float64), 36 + torch.arange(6)
+    fresh = first.ledger.open()
+    rows = [first.row, fresh, *[first.row] * 4]
+    first.ledger.observe(1, rows, q, o, lse, positions)
+    for i in (0, 2, 3, 4, 5):
+        at = slice(i, i + 1)
+        second.ledger.observe(1, [second.row], q[at], o[at], lse[at], positions[at])
+    got, want = first.ledger.delta_RL[first.row], second.ledger.delta_RL[second.row]
+    assert float((got / want - 1).abs().max()) < IDENTITY
+    assert float(first.ledger.delta_RL[fresh].max()) == 0
 
 
 def test_top1_needs_a_margin_beyond_the_bound():
