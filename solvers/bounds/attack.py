@@ -99,9 +99,7 @@ def attack(
     def network(x_BTC: Tensor) -> Tensor:
         return factor * model.logits(model.stream(x_BTC))
 
-    starts = []
-    if model.config.layer(0).content_heads:
-        starts = structured_starts(model.layers[0], search.tokens)
+    starts = structured_starts(_layer(model, 0), search.tokens)
     structured = search.run(network, radius, settings.network_steps, starts[: search.half])
     gradient = search.run(network, radius, settings.network_steps, [])
     random = search.run(network, radius, 0, [])
@@ -133,15 +131,19 @@ def block_attack(
         The largest ratio found, max-token l2 to max-token l2.
     """
     settings = settings or AttackSettings()
-    layer = model.layers[index // 2]
-    if not isinstance(layer, Layer):
-        raise TypeError(f"layer of type {type(layer).__name__}: expected a transformer layer")
+    layer = _layer(model, index // 2)
     tokens = 1 if index % 2 else min(settings.tokens, model.config.context)
     search = _Search(settings, model.config.width, tokens)
     if index % 2:
         return search.run(layer.mlp_block, radius, settings.steps, [])
-    starts = structured_starts(layer, tokens) if layer.layer.content_heads else []
+    starts = structured_starts(layer, tokens)
     return search.run(layer.attend_block, radius, settings.steps, starts)
+
+
+def _layer(model: LipschitzTransformer, index: int) -> Layer:
+    layer = model.layers[index]
+    assert isinstance(layer, Layer)
+    return layer
 
 
 def with_attack(certificate: Certificate, result: AttackResult) -> Certificate:

@@ -108,7 +108,8 @@ def attention_bound(
         heads: From ``split_heads``.
         layer: Head counts and softmax scale.
         radius: l2 bound R on every token.
-        multipliers: Positive vectors ``value`` (H), and ``query``, ``key``, ``mixed`` (HC).
+        multipliers: Positive vectors ``tau`` (H), and with content heads ``value`` (H), ``query``,
+            ``key``, ``mixed`` (HC).
 
     Returns:
         ``lipschitz``; ``tau``, the value path alone; and ``margin``.
@@ -118,37 +119,48 @@ def attention_bound(
         covariance of ``a_j.x_j`` and ``b.x_j`` is at most ``R^2 (|a||b| + |a.b|) / 2``), the key
         path uses ``|b_h|`` for ``|Wv_h||u_h|``, and all paths share one output direction.
     """
-    value_H = multipliers["value"]
     gram_HDD = heads.v @ heads.v.mT
     size_HDD = heads.v.abs() @ heads.v.abs().mT
-    total = math.fsum(value_H.tolist())
-    inner = (gram_HDD / value_H[:, None, None], size_HDD / value_H[:, None, None])
-    tau = math.sqrt(total * _output_top(heads, *inner)[0])
-    if not layer.content_heads or layer.logit_scale == 0:
-        return {"tau": round_up(tau), "lipschitz": round_up(tau), "margin": EIGEN_MARGIN}
-    score, content = layer.logit_scale * radius * radius, layer.content_heads
+    tau_H11 = multipliers["tau"][:, None, None]
+    top, margin = _output_top(heads, gram_HDD / tau_H11, size_HDD / tau_H11)
+    tau = round_up(math.sqrt(_total(tau_H11) * top))
+    if not layer.content_heads:
+        return {"tau": tau, "lipschitz": tau, "margin": margin}
+    score, dim = layer.logit_scale * radius * radius, layer.head_dim
+    query_H, key_H = multipliers["query"], multipliers["key"]
+    value_H11 = multipliers["value"][:, None, None]
+    inner_HDD = gram_HDD / value_H11 + score * _score_gram(heads, gram_HDD, layer, multipliers)
+    absolute = heads._replace(k=heads.k.abs(), v=heads.v.abs())
+    bound_HDD = size_HDD / value_H11 + score * _score_gram(absolute, size_HDD, layer, multipliers)
+    output, margin = _output_top(heads, inner_HDD, bound_HDD)
+    rows_XC = heads.q.flatten(0, 1)
+    query = lambda_max_bound(*weighted_gram(rows_XC, query_H.repeat_interleave(dim)))
+    key = lambda_max_bound(*weighted_gram(rows_XC, key_H.repeat_interleave(dim)))
+    lipschitz = round_up((output + _total(value_H11) + score * (query + key)) / 2)
+    return {"tau": tau, "lipschitz": lipschitz, "margin": margin}
+
+
+def _score_gram(
+    heads: Heads, gram_HDD: Tensor, layer: LayerConfig, multipliers: Mapping[str, Tensor]
+) -> Tensor:
+    """Return, per head, the form ``(|Wk||b| + |Wk b|)^2 / 4 query + |Wk|^2 |b|^2 / key`` in u.
+
+    The square of the sum is split as ``(1 + mixed) |Wk|^2 |b|^2 + (1 + 1 / mixed) |Wk b|^2``.
+    """
+    content = layer.content_heads
+    mixed_H, query_H, key_H = (multipliers[name] for name in ("mixed", "query", "key"))
     k_norm_H = torch.tensor(heads.k_norms, dtype=torch.float64)
-    theta_H, query_H, key_H = (multipliers[name] for name in ("mixed", "query", "key"))
-    plain_H = k_norm_H**2 * ((1 + theta_H) / 4 / query_H + 1 / key_H) * score
-    cross_H = (1 + 1 / theta_H) / 4 / query_H * score
-    k_HDC, v_HDC = heads.k.repeat_interleave(layer.group, 0), heads.v[:content]
-    mixed_HDD = k_HDC @ v_HDC.mT
-    mixed_size_HDD = k_HDC.abs() @ v_HDC.abs().mT
-    for part, mixed, gram in zip(
-        inner, (mixed_HDD, mixed_size_HDD), (gram_HDD, size_HDD), strict=True
-    ):
-        part[:content] += plain_H[:, None, None] * gram[:content]
-        part[:content] += cross_H[:, None, None] * (mixed.mT @ mixed)
-    output, margin = _output_top(heads, *inner)
-    rows = heads.q.flatten(0, 1)
-    dim = layer.head_dim
-    query = lambda_max_bound(*weighted_gram(rows, query_H.repeat_interleave(dim)))
-    key = lambda_max_bound(*weighted_gram(rows, key_H.repeat_interleave(dim)))
-    return {
-        "tau": round_up(tau),
-        "lipschitz": round_up((output + total + score * (query + key)) / 2),
-        "margin": margin,
-    }
+    plain_H = k_norm_H**2 * ((1 + mixed_H) / (4 * query_H) + 1 / key_H)
+    cross_H = (1 + 1 / mixed_H) / (4 * query_H)
+    cross_HDD = heads.k.repeat_interleave(layer.group, 0) @ heads.v[:content].mT
+    form_HDD = torch.zeros_like(gram_HDD)
+    form_HDD[:content] = plain_H[:, None, None] * gram_HDD[:content]
+    form_HDD[:content] += cross_H[:, None, None] * (cross_HDD.mT @ cross_HDD)
+    return form_HDD
+
+
+def _total(multipliers: Tensor) -> float:
+    return math.fsum(multipliers.flatten().tolist())
 
 
 def _output_top(heads: Heads, inner_HDD: Tensor, size_HDD: Tensor) -> tuple[float, float]:

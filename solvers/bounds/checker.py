@@ -1,8 +1,8 @@
 """The trusted core: re-proves every bound of a certificate from weights and multipliers.
 
 Float64, no solver code. Each bound is valid for any positive multipliers, so a certificate can be
-wrong only through what is in this file, ``mlp_proof``, ``attention_proof``, ``slopes``,
-``common.norms`` or ``common.certificate``. Source: spec bound_tightening 4.5, 4.6, 7, 8.
+wrong only through this file, ``mlp_proof``, ``attention_proof``, ``head_proof``, ``slopes``,
+``common.norms`` or ``common.certificate``. Source: spec bound_tightening 4.6, 7 and 8.
 """
 
 # Shape letters: C width, V vocabulary.
@@ -32,16 +32,15 @@ from common.certificate import (
     tensors_sha256,
 )
 from common.errors import CertificateError, LipError
-from common.models import LayerConfig, ModelConfig
-from common.norms import exact64, gamma, round_up, spectral_norm_bound
+from common.models import LayerConfig, LipschitzTransformer, ModelConfig
 from solvers.bounds.attention_proof import prove_attention
+from solvers.bounds.head_proof import domain_radius, head_norms
 from solvers.bounds.mlp_proof import BlockBound, prove_mlp
 
 STORED_MARGIN = 1e-10
 """Relative amount a certifier adds to what is proved here, so that another machine agrees."""
 
 MULTIPLIER_RANGE = (1e-100, 1e100)
-LARGEST_EXACT_VOCABULARY = 8192
 _BLOCK_FIELDS = ("naive", "tightened", "radius_out", "naive_radius_out")
 
 
@@ -92,8 +91,11 @@ def multiplier_shapes(layer: LayerConfig, index: int) -> dict[str, int]:
     """Return the names and lengths of a block's multiplier vectors."""
     if index % 2:
         return {"lambda": layer.mlp_width // layer.unit}
-    content = dict.fromkeys(("query", "key", "mixed"), layer.content_heads)
-    return {"value": layer.heads} | (content if layer.content_heads else {})
+    shapes = {"tau": layer.heads}
+    if layer.content_heads:
+        shapes |= {"value": layer.heads}
+        shapes |= dict.fromkeys(("query", "key", "mixed"), layer.content_heads)
+    return shapes
 
 
 def _check_multipliers(multipliers: Mapping[str, Tensor], layer: LayerConfig, index: int) -> None:
@@ -115,32 +117,6 @@ def _check_multipliers(multipliers: Mapping[str, Tensor], layer: LayerConfig, in
                 f"multiplier blocks.{index}.{name}: expected positive finite numbers "
                 f"({low:g} to {high:g}); certify again"
             )
-
-
-def head_norms(config: ModelConfig, head_VC: Tensor) -> tuple[float, float]:
-    """Bound ``final_scale * |W_head|_2`` and ``final_scale * max_ij |U_i - U_j|_2``.
-
-    Args:
-        config: Holds ``final_scale``.
-        head_VC: Head weight, any floating type. Above 8192 rows the pair norm is bounded by
-            ``min(sqrt 2 |W|, sum of the two largest rows)`` instead of over all pairs.
-    """
-    norm = spectral_norm_bound(head_VC)
-    u_VC = exact64(head_VC)
-    squares_V = u_VC.square().sum(1)
-    largest_V = squares_V.topk(min(2, len(squares_V))).values
-    pair = min(math.sqrt(2) * norm, float(largest_V.sqrt().sum()))
-    if len(u_VC) <= LARGEST_EXACT_VOCABULARY:
-        distance_VV = squares_V[:, None] + squares_V - 2 * (u_VC @ u_VC.T)
-        rounding = 4 * gamma(u_VC.shape[1] + 4) * float(largest_V[0])
-        pair = min(pair, math.sqrt(max(float(distance_VV.max()), 0.0) + rounding))
-    scale = abs(config.final_scale)
-    return round_up(scale * norm), round_up(scale * pair)
-
-
-def domain_radius(embedding_VC: Tensor) -> float:
-    """Bound the l2 norm of every embedding row."""
-    return float(exact64(embedding_VC).norm(dim=1).max()) * (1 + 5e-13)
 
 
 def check(
@@ -190,12 +166,18 @@ def verify(target: str | Path | Bundle | nn.Module, certificate: Any = None) -> 
     if isinstance(target, nn.Module):
         if not isinstance(certificate, Certificate):
             raise CertificateError("verify(model): expected a certificate beside the model")
-        return check(target.config, target.state_dict(), certificate)
+        return check(_config(target), target.state_dict(), certificate)
     path = target.path if isinstance(target, Bundle) else resolve_bundle(target)
     # Tensor hashes come before the manifest: they say which tensor was changed.
     report = check(*_read_model(path), Certificate.load(path))
     load_bundle(path)
     return report
+
+
+def _config(model: nn.Module) -> ModelConfig:
+    if not isinstance(model, LipschitzTransformer):
+        raise CertificateError(f"model of type {type(model).__name__}: expected a transformer")
+    return model.config
 
 
 def _read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -216,7 +198,7 @@ def _check_hashes(what: str, found: Mapping[str, str], stated: Mapping[str, str]
         if found[name] != stated[name]:
             raise CertificateError(
                 f"{what} tensor {name}: content differs from the certified one (sha256 "
-                f"{found[name][:12]}, expected {str(stated[name])[:12]}); restore it or certify again"
+                f"{found[name][:12]}, expected {str(stated[name])[:12]}); certify again"
             )
 
 
@@ -233,7 +215,7 @@ def _check_header(config: ModelConfig, certificate: Certificate) -> None:
         raise CertificateError(
             f"{len(certificate.blocks)} blocks: expected {2 * config.layers} (two per layer)"
         )
-    if certificate.reference_sound and any(count > 1 for count in config.heads):
+    if certificate.reference_sound and most_heads(config) > 1:
         raise CertificateError("reference_sound: expected false for more than one head")
     if strangers := [
         name
@@ -293,6 +275,11 @@ def _check_totals(
     _at_least("naive (against tightened)", certificate.naive, certificate.tightened, infinite=True)
     if certificate.attack is not None:
         _at_least("tightened (against attack)", certificate.tightened, certificate.attack)
+
+
+def most_heads(config: ModelConfig) -> int:
+    """Return the largest number of query heads in a layer."""
+    return max(config.layer(index).heads for index in range(config.layers))
 
 
 def chain(certificate: Certificate, which: str) -> list[float]:

@@ -7,7 +7,6 @@ stored comes from the functions the checker uses, moved up by its agreed margin.
 import dataclasses
 import math
 import platform
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,16 +24,17 @@ from common.certificate import (
 )
 from common.config import check_types, one_of, positive
 from common.models import LipschitzTransformer, ModelConfig
-from solvers.bounds.attention_block import eta_bounds, tighten_attention
+from solvers.bounds.attention_search import AttentionSearch, search_attention
 from solvers.bounds.checker import (
     MULTIPLIER_RANGE,
     STORED_MARGIN,
     chain,
-    head_norms,
+    most_heads,
     prove_block,
 )
+from solvers.bounds.head_proof import head_norms
 from solvers.bounds.kform import METHODS
-from solvers.bounds.mlp_block import tighten_mlp
+from solvers.bounds.mlp_block import MlpSolution, tighten_mlp
 from solvers.bounds.mlp_proof import mlp_form
 from solvers.bounds.reference import reference_constants
 
@@ -84,11 +84,14 @@ def certify(
     config, tensors = model.config, _state(model)
     radius = naive_radius = model.domain_radius()
     references, ends = reference_constants(config, tensors)
-    blocks, multipliers = [], {}
+    blocks: list[BlockProof] = []
+    multipliers: dict[str, Tensor] = {}
     start = radius
     for index in range(2 * config.layers):
         found, facts = _search(config, tensors, index, radius, settings) if tighten else ({}, {})
         block = _prove(config, tensors, index, (radius, naive_radius), found)
+        if "dual" in facts:
+            facts["dual"] = min(facts["dual"], block.tightened)
         block = dataclasses.replace(block, reference=references[index], **facts)
         radius, naive_radius = block.radius_out, block.naive_radius_out
         blocks.append(block)
@@ -101,7 +104,7 @@ def certify(
         blocks=tuple(blocks),
         head_norm=_stored(head),
         pair_norm=_stored(pair),
-        reference=_product([*references, ends]),
+        reference=product_up([*references, ends]),
         naive=0.0,
         tightened=0.0,
         log10_reference=log10_up([*references, ends]),
@@ -114,7 +117,7 @@ def certify(
         settings={"tighten": tighten, **dataclasses.asdict(settings)},
         versions={"torch": torch.__version__, "python": platform.python_version()},
     )
-    return with_totals(certificate, single_head=all(count == 1 for count in config.heads))
+    return with_totals(certificate, single_head=most_heads(config) == 1)
 
 
 def naive_bound(model: LipschitzTransformer) -> float:
@@ -125,10 +128,10 @@ def naive_bound(model: LipschitzTransformer) -> float:
 def with_totals(certificate: Certificate, *, single_head: bool) -> Certificate:
     """Return the certificate with its network bounds computed from its blocks and head."""
     naive, tightened = chain(certificate, "naive"), chain(certificate, "tightened")
-    bound = _stored(_product(tightened))
+    bound = _stored(product_up(tightened))
     return dataclasses.replace(
         certificate,
-        naive=_stored(_product(naive)),
+        naive=_stored(product_up(naive)),
         tightened=bound,
         log10_naive=log10_up(naive),
         log10_tightened=log10_up(tightened),
@@ -169,42 +172,21 @@ def _search(
     """Return multipliers of a block and the solver's own account of them."""
     layer, prefix = config.layer(index // 2), f"layers.{index // 2}."
     options = dataclasses.asdict(settings)
-    began = time.perf_counter()
+    solution: AttentionSearch | MlpSolution
     if index % 2:
-        form = mlp_form(
-            tensors[f"{prefix}mlp.up.weight"], tensors[f"{prefix}mlp.down.weight"], layer
-        )
+        up_FC, down_CF = (tensors[f"{prefix}mlp.{name}.weight"] for name in ("up", "down"))
+        form = mlp_form(up_FC, down_CF, layer)
         solution = tighten_mlp(form.c_CC, form.b_CN, form.g_NC, **options)
         found, dual = {"lambda": solution.theta.exp()}, solution.dual
     else:
         names = ("query", "key", "value", "output")
         weights = [tensors.get(f"{prefix}attention.{name}.weight") for name in names]
-        solution = tighten_attention(*weights, layer, radius, **options)
-        found = absolute_multipliers(solution, weights, layer, radius)
-        dual = None
+        solution = search_attention(weights, layer, radius, **options)
+        a, found = layer.attn_residual, solution.multipliers
+        dual = (1 - a) + a * layer.attn_factor * solution.dual
     found = {name: tensor.clamp(*MULTIPLIER_RANGE) for name, tensor in found.items()}
-    return found, {
-        "dual": dual,
-        "evals": solution.evals,
-        "seconds": time.perf_counter() - began,
-        "method": settings.method,
-    }
-
-
-def absolute_multipliers(solution, weights, layer, radius):
-    found = {"value": solution.multipliers["tau"] * max(solution.components["tau"], 1e-30)}
-    if not layer.content_heads:
-        return found
-    dim, group = layer.head_dim, layer.group
-    k_KDC = weights[1].detach().double().unflatten(0, (-1, dim))
-    v_KDC = weights[2].detach().double().unflatten(0, (-1, dim))[: len(k_KDC)]
-    k_norm_K, v_norm_K = (torch.linalg.matrix_norm(w, 2) for w in (k_KDC, v_KDC))
-    mixed_K = torch.linalg.matrix_norm(k_KDC @ v_KDC.mT, 2) / (k_norm_K * v_norm_K).clamp(min=1e-30)
-    eta_K = eta_bounds(v_KDC, k_KDC)[0]
-    found["query"] = solution.multipliers["query"] * eta_K.repeat_interleave(group)
-    found["key"] = solution.multipliers["key"] * k_norm_K.repeat_interleave(group)
-    found["mixed"] = mixed_K.clamp(1e-3, 1).repeat_interleave(group)
-    return {name: tensor.clamp(1e-30, 1e30) for name, tensor in found.items()}
+    facts = {"evals": solution.evals, "seconds": solution.seconds, "method": settings.method}
+    return found, {"dual": dual, **facts}
 
 
 def _state(model: LipschitzTransformer) -> dict[str, Tensor]:
@@ -213,7 +195,3 @@ def _state(model: LipschitzTransformer) -> dict[str, Tensor]:
 
 def _stored(value: float) -> float:
     return value * (1 + STORED_MARGIN)
-
-
-def _product(factors: list[float]) -> float:
-    return product_up(factors)
