@@ -61,6 +61,7 @@ METRICS: dict[str, str] = {
     "attack/random": "Sensitivity found by random directions (estimate from below)",
     "attack/seconds": "Time of the attacks, seconds",
     "solve/residual": "Fixed-point residual at the end",
+    "solve/error": "Distance to the solution, or the game's duality gap: zero when solved",
     "solve/gap": "Primal-dual gap at the end",
     "solve/objective": "Objective at the end",
     "solve/iterations": "Iterations",

@@ -1,6 +1,8 @@
 """Monotone inclusions, and the sound Lipschitz bounds built on them."""
 
 from solvers import anderson as _anderson
+from solvers import extragradient as _extragradient
+from solvers import forb as _forb
 from solvers import halpern as _halpern
 from solvers import lbfgs as _lbfgs
 from solvers.iterate import SOLVERS as SOLVERS
@@ -9,6 +11,7 @@ from solvers.iterate import continuation as continuation
 from solvers.iterate import iterate as iterate
 from solvers.iterate import make_solver as make_solver
 from solvers.iterate import solve as solve
+from solvers.library import standard_problem as standard_problem
 from solvers.problem import FiniteSumInclusion as FiniteSumInclusion
 from solvers.problem import Inclusion as Inclusion
 from solvers.problem import Oracle as Oracle
@@ -17,4 +20,4 @@ from solvers.solution import Result as Result
 from solvers.solution import Status as Status
 from solvers.solution import TracePoint as TracePoint
 
-del _anderson, _halpern, _lbfgs
+del _anderson, _extragradient, _forb, _halpern, _lbfgs

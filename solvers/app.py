@@ -1,4 +1,4 @@
-"""Commands ``certify``, ``verify`` and ``attack``: prove, re-prove and try to refute a bound."""
+"""Commands ``certify``, ``verify``, ``attack`` (the bounds) and ``solve`` (the solvers)."""
 
 import logging
 import math
@@ -14,6 +14,7 @@ from common.runs import Outcome, Run, hydra_command
 from solvers import bounds
 from solvers.bounds.attack import with_attack
 from solvers.bounds.checker import check
+from solvers.solve_app import solve
 
 log = logging.getLogger(__name__)
 
@@ -120,3 +121,4 @@ def _transformer(bundle: Bundle) -> Bundle:
 main_certify = hydra_command("certify", certify)
 main_verify = hydra_command("verify", verify)
 main_attack = hydra_command("attack", attack)
+main_solve = hydra_command("solve", solve)
