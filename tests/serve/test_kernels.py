@@ -123,8 +123,8 @@ def test_paged_decode_does_not_depend_on_the_batch():
         assert float((x[:1] - y).abs().max()) < SINGLE
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_compact_kv_moves_each_heads_own_slots(in_place):
+@pytest.mark.parametrize("target", ["new", "same", "crossed"])
+def test_compact_kv_moves_each_heads_own_slots(target):
     """Oracle: the rows read before the move; other rows' pages stay bit-identical."""
     lengths = torch.tensor([11, 9, 6])
     k_pool, v_pool, pos_pool, tables = make_cache(lengths.tolist(), seed=2)
@@ -139,7 +139,9 @@ def test_compact_kv_moves_each_heads_own_slots(in_place):
     free = [page for page in range(k_pool.shape[0]) if page not in used]
     assert len(free) >= 3
     dst = src[:, :2].clone()
-    if not in_place:
+    if target == "crossed":
+        dst = dst.flip(1)
+    if target == "new":
         dst[0] = torch.tensor(free[:2])
         dst[1, 1] = free[2]
     before = [pool.clone() for pool in (k_pool, v_pool, pos_pool)]

@@ -291,6 +291,22 @@ def test_mass_bound_dominates_the_true_mass(kind, spread):
         assert float(slack.abs().max() if slack.numel() else 0) < 1e-9
 
 
+def test_mass_bound_is_nearly_tight_for_two_opposite_keys():
+    """Oracle: the mean of exp(a) and exp(-a) is cosh(a), just below exp(a^2 / 2)."""
+    model = make_model("content")
+    constants = AttentionConstants.of(model, 0)
+    q = torch.zeros(1, 2, 2, 6, dtype=torch.float64)
+    q[..., 0] = 0.5 / constants.scale
+    summary = Summary.empty((1, 2, 1), 6, 48, torch.device("cpu"))
+    keys = torch.zeros(1, 2, 2, 6, dtype=torch.float64)
+    keys[..., 0] = torch.tensor([1.0, -1.0])
+    summary.add(keys, keys, torch.arange(2).expand(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
+    bound = log_mass_bound(summary, constants, q, torch.tensor([5]))
+    true = math.log(2 * math.cosh(0.5))
+    assert float(bound.min()) >= true
+    assert float(bound.max()) < true + 0.01
+
+
 def test_head_bound_is_the_largest_value_over_all_masses():
     """Oracle: every vertex of the box of cluster masses."""
     _, summary, _, _ = filled_summary("content")
@@ -326,7 +342,7 @@ def test_rows_are_reused_from_a_clean_state():
 
 @pytest.mark.parametrize("largest", [1, 1 << 22])
 def test_many_tokens_of_one_sequence_keep_the_largest_bound(largest, monkeypatch):
-    """Oracle: the same tokens observed one by one, in any partition."""
+    """Oracle: the same tokens one by one; weaker observations in between change nothing."""
     monkeypatch.setattr(eviction, "LARGEST", largest)
     model = make_model("content_and_bias")
     first, second = run_compressed(model)[0], run_compressed(model)[0]
@@ -340,6 +356,7 @@ def test_many_tokens_of_one_sequence_keep_the_largest_bound(largest, monkeypatch
     for i in (0, 2, 3, 4, 5):
         at = slice(i, i + 1)
         second.ledger.observe(1, [second.row], q[at], o[at], lse[at], positions[at])
+        second.ledger.observe(1, [second.row], q[at], o[at], lse[at] + 1, positions[at])
     got, want = first.ledger.delta_RL[first.row], second.ledger.delta_RL[second.row]
     assert float((got / want - 1).abs().max()) < IDENTITY
     assert float(first.ledger.delta_RL[fresh].max()) == 0
