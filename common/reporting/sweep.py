@@ -1,0 +1,156 @@
+"""Comparison of the runs of a sweep: one table, and plots where a setting is a number."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+from common.metric_names import METRICS
+from common.reporting.charts import SERIES_TONES, Series, key, line_chart
+from common.reporting.page import code, escape, figure, figures, kind, number, page, section, table
+from common.reporting.runs import StageRun
+
+# Shown first and, where a run has no objective, used to order the table; smaller is better.
+_FIRST = (
+    "train/val_bits_per_byte",
+    "compress/val_bits_per_byte",
+    "serve/kl_vs_full",
+    "cert/tightened",
+    "cert/naive",
+    "compress/certified_deviation",
+    "solve/residual",
+)
+_MOST_COLUMNS = 7
+_MOST_LINES = 5
+
+
+def comparison(cells: Sequence[StageRun], name: str) -> tuple[str, str]:
+    """Return a sweep's comparison.
+
+    Args:
+        cells: The runs.
+        name: What to call the sweep.
+
+    Returns:
+        An HTML document, and the whole table (all metrics) as CSV.
+    """
+    settings = [_settings(cell) for cell in cells]
+    names = list(dict.fromkeys(key_ for one in settings for key_ in one))
+    varied = [n for n in names if len({one.get(n) for one in settings}) > 1] or names
+    metrics = sorted({metric for cell in cells for metric in cell.metrics}, key=_rank)
+    shown = _columns(cells, metrics)
+    order = sorted(range(len(cells)), key=lambda index: _order(cells[index], shown))
+    rows = []
+    for index in order:
+        texts = [escape(settings[index].get(n, "default")) for n in varied]
+        values = [number(cells[index].metrics.get(metric), 4) for metric in shown]
+        rows.append([*(texts or [escape(cells[index].directory.name)]), *values])
+    heads = [*(varied or ["run"]), *shown]
+    lead = f"{len(cells)} runs" + (f", best {shown[0]} first." if shown else ".")
+    parts = [
+        section("Comparison", lead, table(heads, rows, text_columns=max(1, len(varied)))),
+        _plots(cells, settings, varied, shown),
+        _origin(cells),
+    ]
+    title = f"lipllm sweep: {name}"
+    foot = "Written by lipllm report."
+    document = page(title, "Runs of one sweep, side by side.", "\n".join(filter(None, parts)), foot)
+    return document, _csv(cells, settings, names, metrics)
+
+
+def _settings(cell: StageRun) -> dict[str, str]:
+    pairs = (text.lstrip("+").partition("=") for text in cell.overrides)
+    return {name: value for name, _, value in pairs}
+
+
+def _rank(metric: str) -> tuple[int, str]:
+    return (_FIRST.index(metric) if metric in _FIRST else len(_FIRST), metric)
+
+
+def _columns(cells: Sequence[StageRun], metrics: Sequence[str]) -> list[str]:
+    """Choose metrics that differ between runs, the most telling first."""
+    differing = [m for m in metrics if len({cell.metrics.get(m) for cell in cells}) > 1]
+    return (differing or list(metrics))[:_MOST_COLUMNS]
+
+
+def _order(cell: StageRun, shown: Sequence[str]) -> float:
+    objective = cell.record.get("objective")
+    if isinstance(objective, int | float) and math.isfinite(objective):
+        return float(objective)
+    return cell.metrics.get(shown[0], math.inf) if shown else math.inf
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text) if text is not None else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _plots(
+    cells: Sequence[StageRun],
+    settings: Sequence[Mapping[str, str]],
+    varied: Sequence[str],
+    shown: Sequence[str],
+) -> str:
+    charts = []
+    for name in varied:
+        positions = [_number(one.get(name)) for one in settings]
+        if len({p for p in positions if p is not None}) < 2 or not shown:
+            continue
+        others = [n for n in varied if n != name]
+        series = _lines(cells, settings, positions, others, shown[0])
+        caption = (
+            f"<b>{escape(shown[0])}</b> over <b>{escape(name)}</b>. {kind('measured')} "
+            f"{escape(METRICS.get(shown[0], 'Metric of each run'))}; one point per run."
+        )
+        markup = key(series) if len(series) > 1 else ""
+        charts.append(figure(markup + line_chart(series, name, shown[0]), caption))
+    return section("Plots", "Settings that are numbers.", figures(*charts)) if charts else ""
+
+
+def _lines(
+    cells: Sequence[StageRun],
+    settings: Sequence[Mapping[str, str]],
+    positions: Sequence[float | None],
+    others: Sequence[str],
+    metric: str,
+) -> list[Series]:
+    """Return one line per combination of the other settings, or one for all if too many."""
+    groups: dict[str, list[tuple[float, float | None]]] = {}
+    for cell, one, position in zip(cells, settings, positions, strict=True):
+        label = ", ".join(f"{n}={one.get(n, 'default')}" for n in others) or "runs"
+        if position is not None:
+            groups.setdefault(label, []).append((position, cell.metrics.get(metric)))
+    if len(groups) > _MOST_LINES:
+        groups = {"runs": [point for points in groups.values() for point in points]}
+    lines = []
+    for (label, points), tone in zip(groups.items(), SERIES_TONES, strict=False):
+        points.sort(key=lambda point: point[0])
+        x, y = [x for x, _ in points], [y for _, y in points]
+        lines.append(Series(label=label, x=x, y=y, tone=tone, markers=True))
+    return lines
+
+
+def _origin(cells: Sequence[StageRun]) -> str:
+    rows = [
+        [code(cell.directory.name), code(cell.command_line), number(cell.summary.get("seconds"))]
+        for cell in cells
+    ]
+    return section("Runs", "", table(["Folder", "Command", "seconds"], rows, text_columns=2))
+
+
+def _csv(
+    cells: Sequence[StageRun],
+    settings: Sequence[Mapping[str, str]],
+    names: Sequence[str],
+    metrics: Sequence[str],
+) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["run", *names, *metrics])
+    for cell, one in zip(cells, settings, strict=True):
+        values = [cell.metrics.get(metric, "") for metric in metrics]
+        writer.writerow([cell.directory.name, *(one.get(n, "") for n in names), *values])
+    return buffer.getvalue()
