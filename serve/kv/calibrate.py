@@ -84,7 +84,10 @@ def calibrate(
                     sums[key] = sums[key] + value if key in sums else value
             x_BTC = layer(x_BTC)
     if count == 0:
-        raise DataError(f"calibration: no tokens after skipping {skip} per window; give more text")
+        raise DataError(
+            f"calibration: no tokens left after skipping {skip} per window; give longer text or"
+            " lower calibrate.skip"
+        )
     stats = {key: (total / count).cpu() for key, total in sums.items()}
     for index in _content_layers(model.config):
         stats[f"layers.{index}.inv_freq"] = model.layers[index].attention.inverse_frequency.cpu()

@@ -138,7 +138,7 @@ def test_bad_settings_and_empty_text_are_refused():
         CalibrateConfig(tokens=0)
     with pytest.raises(ConfigError, match="split"):
         CalibrateConfig(split="test")
-    with pytest.raises(DataError, match="give more text"):
+    with pytest.raises(DataError, match=r"lower calibrate\.skip"):
         calibrate(make_model(), token_batches(1), skip=20)
 
 
