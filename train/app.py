@@ -111,6 +111,7 @@ def read_settings(cfg: DictConfig) -> Settings:
     Raises:
         ConfigError: for the first impossible value.
     """
+    _device(cfg.device, 1)
     return Settings(
         seed=cfg.seed,
         device=cfg.device,

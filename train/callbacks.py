@@ -114,14 +114,15 @@ class Progress(EachStep):
         log_metrics(trainer, metrics)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write one line where no progress bar is shown."""
-        bits = trainer.callback_metrics.get("train/val_bits_per_byte")
-        if trainer.is_global_zero and trainer.progress_bar_callback is None and bits is not None:
+        """Log the validation figures, and write one line where no progress bar is shown."""
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "/val_" in k}
+        log_metrics(trainer, metrics)
+        if trainer.is_global_zero and trainer.progress_bar_callback is None:
             log.info(
                 "step %d/%d: %.3f bits per byte, %.0f tokens/s",
                 trainer.global_step,
                 trainer.max_steps,
-                float(bits),
+                metrics["train/val_bits_per_byte"],
                 self.tokens_per_s,
             )
 

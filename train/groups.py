@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from common.config import check_types, one_of, positive
+from common.config import check_types, one_of, positive, within
 from common.errors import ConfigError
 from common.models import LipschitzTransformer
+from train.optim import DTYPES
+from train.orthogonalize import TABLES
 from train.projections import PROJECTIONS
 
 # Embedding rows have at most this RMS; certificates start from the measured radius.
@@ -93,6 +95,10 @@ class OptimConfig:
         check_types(self)
         for name in ("lr", "embedding_lr", "vector_lr", "blocks_mass"):
             positive(f"optim.{name}", getattr(self, name))
+        one_of("optim.table", self.table, TABLES)
+        one_of("optim.dtype", self.dtype, DTYPES)
+        within("optim.momentum", self.momentum, 0.0, 1.0)
+        positive("optim.weight_decay", self.weight_decay, zero=True)
         for pattern, factor in self.target_factors.items():
             positive(f"optim.target_factors.{pattern}", factor)
 

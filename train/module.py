@@ -54,7 +54,7 @@ class LipschitzModule(L.LightningModule):
     def validation_step(self, batch_BT: Tensor, batch_idx: int) -> None:
         """Accumulate loss and accuracy of a batch (B, T + 1)."""
         loss, hits = loss_and_hits(self.model, batch_BT)
-        options: dict[str, Any] = {"batch_size": len(batch_BT), "sync_dist": True}
+        options: dict[str, Any] = {"batch_size": len(batch_BT), "sync_dist": True, "logger": False}
         bits = bits_per_byte(1.0, self.bytes_per_token) * loss
         self.log("train/val_loss_nats", loss, **options)
         self.log("train/val_bits_per_byte", bits, prog_bar=True, **options)

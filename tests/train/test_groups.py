@@ -139,7 +139,7 @@ def test_impossible_settings_are_config_errors(make, match):
 
 def test_pattern_without_match_and_soft_cap_without_muon_are_errors():
     """Typing errors in patterns do not pass silently."""
-    with pytest.raises(ConfigError, match="'haed' matches no matrix.*query"):
+    with pytest.raises(ConfigError, match=r"'haed' matches no matrix.*query"):
         parameter_groups(transformer(), OptimConfig(), Constraint(caps={"haed": 1.0}))
     with pytest.raises(ConfigError, match="exact_cap"):
         parameter_groups(transformer(), OptimConfig(matrices="adamw"), Constraint())
