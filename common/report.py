@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from common.ledger import Outcome, Run
 from common.reporting import headline, origin, proof, pruning, serving, training
 from common.reporting.page import missing, page
 from common.reporting.runs import Story, read_story, read_sweep
-from common.reporting.sweep import comparison
+from common.reporting.sweep import Comparison, comparison
 from common.runs import hydra_command
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,11 @@ def report(cfg: DictConfig, run: Run) -> Outcome:
     sweep = cfg.get("sweep")
     if sweep:
         cells = read_sweep(Path(sweep).expanduser())
-        markup, table_csv = comparison(cells, settings.title or Path(sweep).resolve().name)
+        compared = comparison(cells, settings.title or Path(sweep).resolve().name)
+        markup = compared.document
         artifacts["comparison"] = run.directory / "comparison.csv"
-        write_bytes(artifacts["comparison"], table_csv.encode())
+        write_bytes(artifacts["comparison"], compared.table_csv.encode())
+        _print(compared)
         metrics["report/runs"] = float(len(cells))
     else:
         markup = story_page(read_story(_directory(cfg, run)), settings)
@@ -102,6 +105,17 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         "what is proved, what is measured and what is only estimated."
     )
     return page(settings.title or f"lipllm: {name}", lead, "\n".join(parts), _foot(story.root))
+
+
+def _print(compared: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*compared.heads, box=None, pad_edge=False)
+    for row in compared.rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 1000
+    Console(file=sys.stdout, highlight=False, width=width, markup=False).print(table)
 
 
 def _guarded(make: Callable[[Story], str], story: Story, name: str) -> str:

@@ -77,6 +77,7 @@ def line_chart(
     y_label: str,
     *,
     log_y: bool = False,
+    log_x: bool = False,
     level: tuple[str, float] | None = None,
     ticks: Sequence[str] | None = None,
 ) -> str:
@@ -87,6 +88,7 @@ def line_chart(
         x_label: What the horizontal axis shows, with its unit.
         y_label: What the vertical axis shows, with its unit.
         log_y: Logarithmic vertical axis; values that are not positive are left out.
+        log_x: Logarithmic horizontal axis; all positions are positive.
         level: Label and height of a horizontal line for comparison.
         ticks: Labels of the positions 0, 1, ... of a horizontal axis without numbers.
     """
@@ -118,6 +120,11 @@ def line_chart(
             )
         if log_y:
             _log_scale(axes)
+        if log_x:
+            axes.set_xscale("log")
+            places = sorted({x for one in series for x in one.x})
+            axes.set_xticks(places, [f"{x:g}" for x in places], minor=False)
+            axes.minorticks_off()
         if ticks is not None:
             axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlabel(x_label)

@@ -47,7 +47,7 @@ p { margin:6px 0; max-width:74ch } .lead, .note, figcaption, .foot { color:var(-
 .kind.proved { color:var(--proved) } .kind.measured { color:var(--measured) }
 .kind.estimate { color:var(--neutral) }
 .card .kind { margin-top:auto; padding-top:9px }
-.figures { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));
+.figures { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));
   gap:18px; margin-top:16px }
 figure { margin:0; background:var(--surface); border:1px solid var(--grid); border-radius:10px;
   padding:15px 18px 14px; min-width:0 }

@@ -1,6 +1,7 @@
 """Comparison of the runs of a sweep: one table, and plots where a setting is a number."""
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -22,29 +23,43 @@ _FIRST = (
 )
 _MOST_COLUMNS = 7
 _MOST_LINES = 5
+_LOG_RANGE = 20
 
 
-def comparison(cells: Sequence[StageRun], name: str) -> tuple[str, str]:
-    """Return a sweep's comparison.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A sweep's runs side by side, best first.
 
-    Args:
-        cells: The runs.
-        name: What to call the sweep.
-
-    Returns:
-        An HTML document, and the whole table (all metrics) as CSV.
+    Attributes:
+        document: HTML page.
+        table_csv: All settings and metrics as CSV, in the order of the runs.
+        heads: Columns of the short table: settings that differ, then the most telling metrics.
+        rows: Its rows as text.
     """
+
+    document: str
+    table_csv: str
+    heads: list[str]
+    rows: list[list[str]]
+
+
+def comparison(cells: Sequence[StageRun], name: str) -> Comparison:
+    """Compare the runs of the sweep called ``name``."""
     settings = [_settings(cell) for cell in cells]
     names = list(dict.fromkeys(key_ for one in settings for key_ in one))
     varied = [n for n in names if len({one.get(n) for one in settings}) > 1] or names
     metrics = sorted({metric for cell in cells for metric in cell.metrics}, key=_rank)
     shown = _columns(cells, metrics)
     order = sorted(range(len(cells)), key=lambda index: _order(cells[index], shown))
-    rows = []
-    for index in order:
-        texts = [escape(settings[index].get(n, "default")) for n in varied]
-        values = [number(cells[index].metrics.get(metric), 4) for metric in shown]
-        rows.append([*(texts or [escape(cells[index].directory.name)]), *values])
+    labels = [
+        [settings[index].get(n, "default") for n in varied] or [cells[index].directory.name]
+        for index in order
+    ]
+    values = [[cells[index].metrics.get(metric) for metric in shown] for index in order]
+    rows = [
+        [*map(escape, texts), *(number(value, 4) for value in numbers)]
+        for texts, numbers in zip(labels, values, strict=True)
+    ]
     heads = [*(varied or ["run"]), *shown]
     lead = f"{len(cells)} runs" + (f", best {shown[0]} first." if shown else ".")
     parts = [
@@ -55,7 +70,12 @@ def comparison(cells: Sequence[StageRun], name: str) -> tuple[str, str]:
     title = f"lipllm sweep: {name}"
     foot = "Written by lipllm report."
     document = page(title, "Runs of one sweep, side by side.", "\n".join(filter(None, parts)), foot)
-    return document, _csv(cells, settings, names, metrics)
+    plain = [
+        [*texts, *("" if value is None else f"{value:.6g}" for value in numbers)]
+        for texts, numbers in zip(labels, values, strict=True)
+    ]
+    table_csv = _csv(cells, settings, names, metrics)
+    return Comparison(document=document, table_csv=table_csv, heads=heads, rows=plain)
 
 
 def _settings(cell: StageRun) -> dict[str, str]:
@@ -101,13 +121,22 @@ def _plots(
             continue
         others = [n for n in varied if n != name]
         series = _lines(cells, settings, positions, others, shown[0])
+        known = [position for position in positions if position is not None]
+        log_x = min(known) > 0 and max(known) >= _LOG_RANGE * min(known)
         caption = (
-            f"<b>{escape(shown[0])}</b> over <b>{escape(name)}</b>. {kind('measured')} "
+            f"<b>{escape(shown[0])}</b> over <b>{escape(name)}</b>. {kind(_kind(shown[0]))} "
             f"{escape(METRICS.get(shown[0], 'Metric of each run'))}; one point per run."
         )
         markup = key(series) if len(series) > 1 else ""
-        charts.append(figure(markup + line_chart(series, name, shown[0]), caption))
+        chart = line_chart(series, name, shown[0], log_x=log_x)
+        charts.append(figure(markup + chart, caption))
     return section("Plots", "Settings that are numbers.", figures(*charts)) if charts else ""
+
+
+def _kind(metric: str) -> str:
+    if metric.endswith(("naive", "tightened", "certified_deviation")):
+        return "proved"
+    return "estimate" if "attack" in metric or "reference" in metric else "measured"
 
 
 def _lines(
