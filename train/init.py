@@ -31,17 +31,21 @@ class InitConfig:
         unigram_bias: Start the head bias at the training corpus' unigram log-probabilities.
         offsets: Distance (tokens back) that each positional head starts at, for one layer after
             another; the last list serves all further layers, a list is repeated over the heads.
-            Empty for zero biases.
-        slope: Fall of the relative-position bias per token away from that distance, nats.
+            Empty leaves all position biases at zero.
+        slope: Fall of a positional head's bias per token away from that distance, nats.
+        content_slope: Fall of a content head's bias per token of distance, nats: without it the
+            head starts as the mean of the whole context, which says little.
     """
 
     unigram_bias: bool = True
     offsets: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4),)
     slope: float = 1.0
+    content_slope: float = 0.2
 
     def __post_init__(self) -> None:
         check_types(self)
         positive("init.slope", self.slope, zero=True)
+        positive("init.content_slope", self.content_slope, zero=True)
         if any(not row or min(row) < 0 for row in self.offsets):
             raise ConfigError(
                 f"init.offsets={self.offsets}: expected lists of distances of at least 0"
@@ -102,11 +106,12 @@ def initialise_biases(
         if table_HT is None:
             continue
         row = settings.offsets[min(index, len(settings.offsets) - 1)]
+        content = layer.layer.content_heads
         distance_T = torch.arange(table_HT.shape[1], dtype=table_HT.dtype)
-        for head in range(layer.layer.content_heads, layer.layer.heads):
-            offset = row[(head - layer.layer.content_heads) % len(row)]
-            bias_T = -settings.slope * (distance_T - offset).abs()
-            table_HT[head] = bias_T.clamp_min(DEEPEST_BIAS)
+        table_HT[:content] = -settings.content_slope * distance_T
+        for head in range(content, layer.layer.heads):
+            table_HT[head] = -settings.slope * (distance_T - row[(head - content) % len(row)]).abs()
+        table_HT.clamp_(min=DEEPEST_BIAS)
 
 
 def _orthogonal(like_OI: Tensor, generator: torch.Generator) -> Tensor:

@@ -78,14 +78,14 @@ def test_head_bias_is_the_unigram_log_probability():
 
 
 def test_positional_heads_start_at_their_offsets():
-    """Oracle: closed form; content heads start without a bias, further layers use the last list."""
+    """Oracle: closed form; content heads favour recent tokens, further layers use the last list."""
     model = transformer(layers=3)
     initialise(model, Constraint(), seed=0)
-    settings = InitConfig(offsets=((1, 2), (3,)), slope=2.0)
+    settings = InitConfig(offsets=((1, 2), (3,)), slope=2.0, content_slope=0.5)
     initialise_biases(model, settings, np.ones(7))
     for layer, offsets in enumerate([(1, 2, 1), (3, 3, 3), (3, 3, 3)]):
         table = model.layers[layer].attention.position_bias.detach()
-        assert not table[0].any()
+        assert table[0].tolist() == [-0.5 * t for t in range(12)]
         for head, offset in enumerate(offsets, start=1):
             expected = [max(-2.0 * abs(t - offset), DEEPEST_BIAS) for t in range(12)]
             assert table[head].tolist() == expected
