@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from common import files
 from common.config import check_types, one_of, positive
 from common.errors import ConfigError, DataError
+from common.packing import FORMAT_VERSION, hold_out, write_corpus
 from common.sources import (
     HUB_CORPORA,
     Files,
@@ -39,9 +39,9 @@ from common.tokenizer import (
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 SOURCES = ("stdlib", *HUB_CORPORA, "local", "bytes", "hub")
-_LARGEST_VOCABULARY = 1 << 16
+# Their rows are consecutive lines of one text, not documents.
+_CONTINUOUS = ("wikitext", "shakespeare", "bytes")
 
 Split = Literal["train", "val"]
 
@@ -103,7 +103,7 @@ class Corpus:
     Attributes:
         directory: Folder with ``tokens.bin``, ``tokenizer.json`` and ``meta.json``.
         tokenizer: The tokenizer that made the ids.
-        meta: Content of ``meta.json``.
+        meta: Content of ``meta.json``, and ``source``.
     """
 
     directory: Path
@@ -202,10 +202,19 @@ def prepare_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Co
     """
     source = _source(config)
     directory = Path(config.cache) / "corpora" / _key(config, source, tokenizer)
-    found = _open_prepared(directory)
+    name = config.path or config.name or config.source
+    found = _open_prepared(directory, name)
     if found is not None:
         return found
-    train, val, rule = _split(list(documents(source, config.column, config.max_bytes)), config)
+    texts = list(documents(source, config.column, config.max_bytes))
+    if not texts:
+        raise DataError(f"corpus {name}: no text in it; give another")
+    train, val, rule = hold_out(
+        texts,
+        config.val_fraction,
+        whole_documents=config.source not in _CONTINUOUS,
+        is_text=config.source != "bytes",
+    )
     if tokenizer is None:
         tokenizer = train_tokenizer(
             config.tokenizer,
@@ -213,13 +222,13 @@ def prepare_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Co
             config.vocab_size,
         )
     try:
-        _write(directory, config, tokenizer, (train, val), rule)
+        write_corpus(directory, tokenizer, (train, val), rule)
     except OSError as error:
         raise DataError(
             f"data.cache={config.cache}: cannot write the prepared corpus "
             f"({error.strerror or error}); free space or set data.cache=DIR"
         ) from None
-    prepared = _open_prepared(directory)
+    prepared = _open_prepared(directory, name)
     if prepared is None:
         raise DataError(f"{directory}: changed while being written; delete it and run again")
     return prepared
@@ -250,79 +259,7 @@ def _key(config: DataConfig, source: Files | Hub, tokenizer: Tokenizer | None) -
     return f"{config.source}-{digest[:16]}"
 
 
-def _split(texts: Sequence[bytes], config: DataConfig) -> tuple[bytes, bytes, str]:
-    """Hold out whole documents in hash order where they fit, else the end of the text."""
-    if not any(texts):
-        raise DataError(f"corpus {config.path or config.source}: no text in it; give another")
-    if len(texts) > 1 and config.source != "bytes":
-        texts = [text if text.endswith(b"\n") else text + b"\n" for text in texts]
-    total = sum(map(len, texts))
-    wanted, held, used = config.val_fraction * total, set[int](), 0
-    for index in sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i]).digest()):
-        if used + len(texts[index]) <= wanted:
-            held.add(index)
-            used += len(texts[index])
-    if used >= wanted / 2 and config.source not in ("wikitext", "bytes"):
-        train = b"".join(text for index, text in enumerate(texts) if index not in held)
-        val = b"".join(text for index, text in enumerate(texts) if index in held)
-        return train, val, f"{len(held)} of {len(texts)} documents held out"
-    whole = b"".join(texts)
-    cut = total - max(1, round(wanted))
-    # Not inside a UTF-8 character: its continuation bytes start with the bits 10.
-    while config.source != "bytes" and cut > 0 and whole[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return whole[:cut], whole[cut:], f"the last {config.val_fraction:g} of the text held out"
-
-
-def _entropy_bits(data: bytes) -> float:
-    counts = np.bincount(np.frombuffer(data, dtype=np.uint8), minlength=256)
-    shares = counts[counts > 0] / max(1, len(data))
-    return float(-(shares * np.log2(shares)).sum())
-
-
-def _write(
-    directory: Path,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    parts: tuple[bytes, bytes],
-    rule: str,
-) -> None:
-    if tokenizer.vocab_size > _LARGEST_VOCABULARY:
-        raise DataError(
-            f"vocabulary of {tokenizer.vocab_size}: expected at most {_LARGEST_VOCABULARY}; "
-            "lower data.vocab_size"
-        )
-    dtype = "uint8" if tokenizer.vocab_size <= 256 else "uint16"
-    train_ids, val_ids = (tokenizer.encode(part).astype(dtype) for part in parts)
-    packed = train_ids.tobytes() + val_ids.tobytes()
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "source": config.path or config.name or config.source,
-        "dtype": dtype,
-        "train_tokens": len(train_ids),
-        "val_tokens": len(val_ids),
-        "train_bytes": len(parts[0]),
-        "val_bytes": len(parts[1]),
-        "split_rule": rule,
-        "unigram_entropy_bits": _entropy_bits(parts[1]),
-        "text_sha256": hashlib.sha256(parts[0] + parts[1]).hexdigest(),
-        "tokens_sha256": hashlib.sha256(packed).hexdigest(),
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
-    }
-    with files.staged_directory(directory) as stage:
-        files.write_bytes(stage / "tokens.bin", packed)
-        files.write_bytes(stage / "tokenizer.json", files.to_json(tokenizer.to_json()).encode())
-        files.write_bytes(stage / "meta.json", files.to_json(meta).encode())
-        files.sync_directory(stage)
-        # Another process may have finished the same corpus first: theirs is as good.
-        try:
-            stage.rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-
-
-def _open_prepared(directory: Path) -> Corpus | None:
+def _open_prepared(directory: Path, name: str) -> Corpus | None:
     """Open a prepared corpus; a damaged one is removed, so that it is prepared again."""
     if not directory.is_dir():
         return None
@@ -337,4 +274,5 @@ def _open_prepared(directory: Path) -> Corpus | None:
         log.warning("%s: damaged corpus cache, preparing it again", directory)
         files.remove_tree(directory)
         return None
-    return Corpus(directory=directory, tokenizer=tokenizer, meta=meta)
+    # The same text may have come from another path before.
+    return Corpus(directory=directory, tokenizer=tokenizer, meta={"source": name} | meta)

@@ -10,7 +10,10 @@ import glob
 import hashlib
 import logging
 import os
+import socket
 import sysconfig
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +199,7 @@ def _open(source: Files | Hub) -> Any:
     datasets.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
     if isinstance(source, Hub):
+        _require_host(datasets.config)
         return datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
     if source.loader == "text":
         # The text loader would rewrite line ends; a generator keeps the file's bytes.
@@ -203,6 +207,13 @@ def _open(source: Files | Hub) -> Any:
         return datasets.IterableDataset.from_generator(_read_texts, gen_kwargs={"names": names})
     names = [glob.escape(str(path)) for path in source.paths]
     return datasets.load_dataset(source.loader, data_files=names, split="train", streaming=True)
+
+
+def _require_host(config: Any) -> None:
+    # Without a name server the library would retry for half a minute, loudly.
+    host = urllib.parse.urlsplit(config.HF_ENDPOINT).hostname
+    if not config.HF_HUB_OFFLINE and not urllib.request.getproxies():
+        socket.getaddrinfo(host, None)
 
 
 def _read_texts(names: list[str]) -> Iterator[dict[str, str]]:
