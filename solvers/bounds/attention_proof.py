@@ -59,8 +59,8 @@ def split_heads(tensors: Mapping[str, Tensor], layer: LayerConfig) -> Heads:
     v_norms = [spectral_norm_bound(v) for v in v_KDC for _ in range(group)]
     v_HDC = v_KDC.repeat_interleave(group, 0)
     output_norm = spectral_norm_bound(o_CX)
-    spread = output_norm * math.sqrt(math.fsum(n * n for n in v_norms))
-    separate = math.fsum(product_norm_bound(o, v) for o, v in zip(o_HCD, v_HDC, strict=True))
+    spread = output_norm * math.hypot(*v_norms)
+    separate = sum(product_norm_bound(o, v) for o, v in zip(o_HCD, v_HDC, strict=True))
     return Heads(
         q=q_HDC,
         k=k_KDC,
@@ -86,7 +86,7 @@ def naive_attention(heads: Heads, layer: LayerConfig, radius: float) -> float:
     logits = [2 * score * q * k for q, k in zip(heads.q_norms, heads.k_norms, strict=True)]
     logits += [0.0] * (layer.heads - len(logits))
     pairs = list(zip(heads.v_norms, logits, strict=True))
-    spread = heads.output_norm * math.sqrt(math.fsum((v * (1 + t)) ** 2 for v, t in pairs))
+    spread = heads.output_norm * math.hypot(*(v * (1 + t) for v, t in pairs))
     products = [k * v for k, v in zip(heads.k_norms, heads.v_norms, strict=False)]
     shared = 2 * score * heads.query_norm * heads.output_norm * max(products, default=0.0)
     return round_up(min(spread, heads.value_path + shared))
@@ -160,7 +160,7 @@ def _score_gram(
 
 
 def _total(multipliers: Tensor) -> float:
-    return math.fsum(multipliers.flatten().tolist())
+    return sum(multipliers.flatten().tolist())
 
 
 def _output_top(heads: Heads, inner_HDD: Tensor, size_HDD: Tensor) -> tuple[float, float]:

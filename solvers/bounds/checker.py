@@ -84,7 +84,10 @@ def prove_block(
     prefix = f"layers.{index // 2}.{kind}."
     local = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     prove = prove_mlp if kind == "mlp" else prove_attention
-    return prove(local, layer, radius, naive_radius, multipliers)
+    bound = prove(local, layer, radius, naive_radius, multipliers)
+    if not math.isfinite(bound.naive + bound.naive_radius_out):
+        raise CertificateError(f"block {index}: its bound overflows; the weights are too large")
+    return bound
 
 
 def multiplier_shapes(layer: LayerConfig, index: int) -> dict[str, int]:

@@ -32,7 +32,7 @@ def reference_constants(
         query_key = norms.get("attention.query", 0.0) * norms.get("attention.key", 0.0)
         value, output = norms["attention.value"], norms["attention.output"]
         a, c, factor = layer.attn_residual, layer.softmax_scale, layer.attn_factor
-        lipschitz = c * output * (value + 2 * value * radius**2 * query_key) * factor
+        lipschitz = c * output * (value + 2 * value * radius * radius * query_key) * factor
         constants.append((1 - a) + a * lipschitz)
         radius *= (1 - a) + a * output * value * factor
         a = layer.mlp_residual

@@ -1,0 +1,169 @@
+"""Commands certify, verify and attack on bundles, honest and tampered with."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.bundle import load_bundle, save_bundle
+from common.certificate import Certificate
+from common.models import LipschitzMLP, LipschitzTransformer
+from common.tokenizer import ByteTokenizer
+
+CHEAP = ("certify.max_evals=5", "certify.attack_steps=2", "certify.attack_network_steps=2")
+
+BuildModel = Callable[..., LipschitzTransformer]
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, build_model: BuildModel) -> Path:
+    """Return a bundle without a certificate."""
+    model = build_model(
+        vocab_size=256, width=8, heads=2, mlp_width=12, activation="maxmin", mlp_bias=True
+    )
+    save_bundle(tmp_path / "model", model.float(), ByteTokenizer())
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def certified(bundle: Path, lipllm: Command) -> Path:
+    """Return a bundle that ``lipllm certify`` has extended."""
+    assert lipllm("certify", f"bundle={bundle}", *CHEAP).status == 0
+    return bundle
+
+
+def _summary(out: str) -> dict[str, Any]:
+    path = Path(out.strip().splitlines()[-1].removeprefix("summary: "))
+    return dict(json.loads(path.read_text()))
+
+
+def _flip(path: Path, tensor: str) -> None:
+    """Flip one bit in the middle of one tensor of a safetensors file."""
+    data = bytearray(path.read_bytes())
+    size = struct.unpack("<Q", data[:8])[0]
+    start, stop = json.loads(data[8 : 8 + size])[tensor]["data_offsets"]
+    data[8 + size + (start + stop) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_certify_stores_a_proof_and_reports_it(bundle: Path, lipllm: Command) -> None:
+    """Oracle: the certificate in the bundle; attack <= tightened <= naive."""
+    done = lipllm("certify", f"bundle={bundle}", *CHEAP)
+    assert done.status == 0, done.err
+    metrics = _summary(done.out)["metrics"]
+    certificate = load_bundle(bundle).certificate
+    assert certificate is not None
+    for name in ("reference", "naive", "tightened", "attack"):
+        assert metrics[f"cert/{name}"] == getattr(certificate, name)
+    assert 0 < metrics["cert/attack"] <= metrics["cert/tightened"] <= metrics["cert/naive"]
+    assert certificate.settings["max_evals"] == 5
+    assert metrics["cert/block/1"] == certificate.blocks[1].tightened
+
+
+def test_certify_without_tightening(bundle: Path, lipllm: Command) -> None:
+    """Oracle: no multipliers, equal bounds, no attack figure."""
+    done = lipllm("certify", f"bundle={bundle}", "certify.tighten=false", "certify.attack_steps=0")
+    metrics = _summary(done.out)["metrics"]
+    assert metrics["cert/tightened"] == metrics["cert/naive"]
+    assert "cert/attack" not in metrics
+    assert lipllm("verify", f"bundle={bundle}").status == 0
+
+
+def test_verify_accepts_and_reports(certified: Path, lipllm: Command) -> None:
+    """Oracle: the stored bound."""
+    done = lipllm("verify", f"bundle={certified}")
+    assert done.status == 0, done.err
+    metrics = _summary(done.out)["metrics"]
+    assert metrics["verify/tightened"] == Certificate.load(certified).tightened
+    assert metrics["verify/blocks"] == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("model.safetensors", "layers.0.attention.output.weight"),
+        ("model.safetensors", "head.weight"),
+        ("certificate.safetensors", "blocks.1.lambda"),
+        ("certificate.safetensors", "blocks.2.tau"),
+    ],
+)
+def test_one_flipped_bit_is_named(certified: Path, lipllm: Command, file: str, tensor: str) -> None:
+    """Oracle: exit status 2 and one line that names the tensor."""
+    _flip(certified / file, tensor)
+    done = lipllm("verify", f"bundle={certified}")
+    assert done.status == 2
+    assert f"tensor {tensor}" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", ["tightened", "naive", "log10_tightened", "head_norm"])
+def test_a_bound_edited_downwards_is_named(certified: Path, lipllm: Command, field: str) -> None:
+    """Oracle: exit status 2 and the name of the edited field."""
+    path = certified / "certificate.json"
+    content = json.loads(path.read_text())
+    content[field] -= 1e-6 * abs(content[field])
+    path.write_text(json.dumps(content))
+    done = lipllm("verify", f"bundle={certified}")
+    assert done.status == 2
+    assert f"{field}=" in done.err
+
+
+def test_a_block_edited_downwards_is_named(certified: Path, lipllm: Command) -> None:
+    """Oracle: exit status 2 and the block."""
+    path = certified / "certificate.json"
+    content = json.loads(path.read_text())
+    content["blocks"][3]["tightened"] *= 1 - 1e-6
+    path.write_text(json.dumps(content))
+    done = lipllm("verify", f"bundle={certified}")
+    assert done.status == 2
+    assert "block 3 tightened=" in done.err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "certificate.json", "manifest.json"])
+def test_other_damage_names_the_file(certified: Path, lipllm: Command, name: str) -> None:
+    """Oracle: a harmless-looking extra byte still breaks the manifest."""
+    with (certified / name).open("ab") as stream:
+        stream.write(b" " if name != "manifest.json" else b"x")
+    done = lipllm("verify", f"bundle={certified}")
+    assert done.status == 2
+    assert name in done.err
+
+
+def test_verify_without_certificate_says_how_to_get_one(bundle: Path, lipllm: Command) -> None:
+    """Oracle: the remedy in the message."""
+    done = lipllm("verify", f"bundle={bundle}")
+    assert done.status == 2
+    assert "lipllm certify" in done.err
+
+
+def test_attack_reports_estimates(certified: Path, lipllm: Command) -> None:
+    """Oracle: the best is the largest of its kinds and below the bound."""
+    done = lipllm("attack", f"bundle={certified}", *CHEAP)
+    metrics = _summary(done.out)["metrics"]
+    kinds = [metrics[f"attack/{kind}"] for kind in ("structured", "gradient", "random")]
+    assert metrics["attack/best"] == max(kinds) <= Certificate.load(certified).tightened
+
+
+def test_a_classifier_is_refused_in_one_line(tmp_path: Path, lipllm: Command) -> None:
+    """Oracle: the error says what such a bundle holds."""
+    save_bundle(tmp_path / "images", LipschitzMLP([4, 3, 2]))
+    for command in ("certify", "attack", "verify"):
+        done = lipllm(command, f"bundle={tmp_path / 'images'}")
+        assert done.status == 2
+        assert len(done.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "override", ["certify.tol=-1", "certify.method=magic", "certify.tol=high", "certify.tool=1"]
+)
+def test_bad_settings_are_refused(bundle: Path, lipllm: Command, override: str) -> None:
+    """Oracle: exit status 2, one line naming the setting, bundle unchanged."""
+    before = (bundle / "manifest.json").read_bytes()
+    done = lipllm("certify", f"bundle={bundle}", override)
+    assert done.status == 2
+    assert override.partition("=")[0].removeprefix("certify.") in done.err
+    assert (bundle / "manifest.json").read_bytes() == before
