@@ -28,7 +28,7 @@ class GenerateConfig:
     prompt_file: str | None = None
     num_prompts: int = 3
     prompt_tokens: int = 64
-    eval_windows: int = 4
+    eval_windows: int = 2
     eval_tokens: int = 256
     frontier: tuple[float, ...] = (0.125, 0.25, 0.5)
     policies: tuple[str, ...] = ("window", "triattention")

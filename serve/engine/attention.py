@@ -143,4 +143,4 @@ class PagedAttention:
         return None if bias_HT is None else bias_HT.to(dtype)
 
     def _scale(self, layer: int) -> float:
-        return self.model.config.layer(layer).logit_scale
+        return self.model.layers[layer].layer.logit_scale

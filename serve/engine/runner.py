@@ -7,7 +7,8 @@ All tokens of a step form one flat axis of one-token rows, and the model is call
 # Legend: N tokens of the step (flat), R decode rows, W table width (blocks), K key/value heads,
 # S cached slots, D head width, C model width, V vocabulary.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from serve.engine.blocks import BlockPlan
 from serve.engine.request import Item, Sequence
 from serve.kernels import compact_kv
 from serve.kv import LayerView, Policy, choose
+
+# Multiplications of a step below which a second CPU thread does not pay: about 1 ms of one core.
+SMALL_WORK = 8_000_000
 
 Evicting = Callable[[LayerView, Tensor], None]
 """Called per layer with the view and the kept slots ``keep_RKS`` before the data is moved."""
@@ -38,6 +42,20 @@ def pad_tables(tables: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor(padded, dtype=torch.int64, device=device).view(len(tables), width)
 
 
+@contextmanager
+def _few_threads(multiplications: int) -> Iterator[None]:
+    """Run little work on one thread: on busy cores, waking a second one costs milliseconds."""
+    threads = torch.get_num_threads()
+    if threads == 1 or multiplications > SMALL_WORK:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Runner:
     """Model and cache pools on one device.
 
@@ -54,6 +72,7 @@ class Runner:
         self.model = model
         self.block_size = block_size
         self.backend = backend
+        self.num_parameters = model.num_parameters
         weight = model.embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.pools = [self._pool(num_blocks, index) for index in range(model.config.layers)]
@@ -82,12 +101,13 @@ class Runner:
         order = sorted(range(len(items)), key=lambda index: not items[index].is_decode)
         batch = self._batch([items[index] for index in order], as_decodes)
         attend = PagedAttention(self.model, self.pools, batch, self.backend, observer)
-        x_N1C = self.model.embed(batch.tokens_N[:, None])
-        x_N1C = self.model.stream(x_N1C, batch.positions_N[:, None], attend)
-        if as_decodes:
+        with _few_threads(self.num_parameters * len(batch.tokens_N)):
+            x_N1C = self.model.embed(batch.tokens_N[:, None])
+            x_N1C = self.model.stream(x_N1C, batch.positions_N[:, None], attend)
+            if not as_decodes:
+                inverse = sorted(range(len(order)), key=order.__getitem__)
+                x_N1C = x_N1C[[batch.last[index] for index in inverse]]
             return self.model.logits(x_N1C)[:, 0]
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return self.model.logits(x_N1C[[batch.last[index] for index in inverse]])[:, 0]
 
     @torch.inference_mode()
     def compact(

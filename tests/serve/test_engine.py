@@ -7,14 +7,14 @@ Most tests run in float64, where a fault shows as a factor of a million and not 
 
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from common.errors import DataError
-from common.models import LipschitzTransformer, ModelConfig
+from common.models import LipschitzTransformer
 from serve.engine.engine import EngineCore
 from serve.engine.request import SamplingParams, Sequence
 from serve.engine.sampler import sample
@@ -22,8 +22,6 @@ from serve.engine.scheduler import EngineConfig
 from serve.kernels import gather_pages
 from serve.kv import FullPolicy, LayerView, Policy, WindowPolicy
 
-CONTEXT = 96
-VOCAB = 50
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 # Greedy text of a random model soon repeats itself; sampled text does not.
 SAMPLED = SamplingParams(temperature=1.0, seed=5, max_tokens=16)
@@ -41,63 +39,6 @@ class FirstComponentPolicy(Policy):
     def score(self, view: LayerView) -> Tensor:
         """Return k[..., 0]."""
         return gather_pages(view.k_pool, view.tables_RN)[..., 0]
-
-
-def make_model(dtype: torch.dtype = torch.float64, **changes: object) -> LipschitzTransformer:
-    """Return a tiny model that uses every freedom: per-layer shapes, groups, biases."""
-    settings = {
-        "vocab_size": VOCAB,
-        "width": 32,
-        "layers": 3,
-        "heads": (4, 2, 4),
-        "kv_heads": (2, 1, 4),
-        "content_heads": (2, 2, 0),
-        "head_dim": (8, 16, 6),
-        "context": CONTEXT,
-        "position_bias": (True, False, True),
-        "mlp_bias": True,
-        "head_bias": True,
-        "activation": ("maxmin", "gelu", "abs"),
-        "attn_residual": 0.6,
-        "mlp_residual": 0.5,
-        "attn_factor": 2.0,
-        "softmax_scale": 12.0,
-        "final_scale": 2.0,
-    }
-    model = LipschitzTransformer(ModelConfig(**(settings | changes)))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and "position" not in name and "embedding" not in name
-        std = parameter.shape[1] ** -0.5 if is_matrix else 0.5
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return model.to(dtype).eval()
-
-
-@pytest.fixture(scope="module")
-def model() -> LipschitzTransformer:
-    """The tiny model in float64."""
-    return make_model()
-
-
-def make_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
-    """Return random prompts."""
-    rng = random.Random(seed)
-    return [[rng.randrange(VOCAB) for _ in range(length)] for length in lengths]
-
-
-def run_alone(
-    model: LipschitzTransformer,
-    prompt: list[int],
-    params: SamplingParams,
-    policy: Policy | None = None,
-    **settings: object,
-) -> Sequence:
-    """Run one request in an engine of its own."""
-    core = EngineCore(model, EngineConfig(debug=True, **settings), policy)
-    sequence = core.add(prompt, params)
-    while core.has_work:
-        core.step()
-    return sequence
 
 
 def record_logits(core: EngineCore) -> dict[str, list[Tensor]]:
@@ -208,7 +149,7 @@ def compare(sequence: Sequence, seen: dict, expected: tuple[list, list], toleran
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("tokens_per_step", [8, 200])
 def test_step_equals_recomputation_without_cache(
-    model: LipschitzTransformer, tokens_per_step: int, deterministic: bool
+    tiny: SimpleNamespace, tokens_per_step: int, deterministic: bool
 ) -> None:
     """Oracle O1: the training forward pass over the whole sequence, float64."""
     config = EngineConfig(
@@ -218,23 +159,23 @@ def test_step_equals_recomputation_without_cache(
         deterministic=deterministic,
         debug=True,
     )
-    core = EngineCore(model, config)
+    core = EngineCore(tiny.model, config)
     seen = record_logits(core)
-    prompts = make_prompts([1, 9, 40, 17, 8])
+    prompts = tiny.make_prompts([1, 9, 40, 17, 8])
     sequences = [core.add(p, (GREEDY, SAMPLED)[i % 2]) for i, p in enumerate(prompts)]
     while core.has_work:
         core.step()
     assert len(set(sequences[1].output)) > 8
     for sequence in sequences:
-        compare(sequence, seen, no_cache(model, sequence), FLOAT64)
+        compare(sequence, seen, no_cache(tiny.model, sequence), FLOAT64)
 
 
-def test_step_equals_recomputation_in_float32() -> None:
+def test_step_equals_recomputation_in_float32(tiny: SimpleNamespace) -> None:
     """Oracle O1 in the default dtype: same tokens, logits within float32 rounding."""
-    model = make_model(torch.float32)
+    model = tiny.make_model(torch.float32)
     core = EngineCore(model)
     seen = record_logits(core)
-    prompts = make_prompts([5, 33, 60])
+    prompts = tiny.make_prompts([5, 33, 60])
     sequences = [core.add(p, (SAMPLED, GREEDY)[i % 2]) for i, p in enumerate(prompts)]
     while core.has_work:
         core.step()
@@ -245,31 +186,33 @@ def test_step_equals_recomputation_in_float32() -> None:
 @pytest.mark.parametrize("kind", [WindowPolicy, FirstComponentPolicy])
 @pytest.mark.parametrize("block_size", [4, 16])
 def test_step_under_eviction_equals_masked_dense_attention(
-    model: LipschitzTransformer, kind: type[Policy], block_size: int
+    tiny: SimpleNamespace, kind: type[Policy], block_size: int
 ) -> None:
     """Oracle O2: all keys kept, evicted ones masked per layer and head; many compactions."""
     policy = kind(budget=13, interval=5, sinks=2, window=3)
-    core = EngineCore(model, EngineConfig(block_size=block_size, debug=True), policy)
+    core = EngineCore(tiny.model, EngineConfig(block_size=block_size, debug=True), policy)
     seen = record_logits(core)
     params = SamplingParams(seed=1, max_tokens=36)
-    sequences = [core.add(prompt, params) for prompt in make_prompts([3, 17, 18, 19, 50])]
+    sequences = [core.add(prompt, params) for prompt in tiny.make_prompts([3, 17, 18, 19, 50])]
     while core.has_work:
         core.step()
     assert all(sequence.compactions >= 4 for sequence in sequences)
     for sequence in sequences:
-        compare(sequence, seen, DenseCache(model, policy).generate(sequence), FLOAT64)
+        compare(sequence, seen, DenseCache(tiny.model, policy).generate(sequence), FLOAT64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", [WindowPolicy, FirstComponentPolicy])
-def test_a_budget_beyond_the_length_changes_nothing(kind: type[Policy], dtype: torch.dtype) -> None:
+def test_a_budget_beyond_the_length_changes_nothing(
+    tiny: SimpleNamespace, kind: type[Policy], dtype: torch.dtype
+) -> None:
     """Oracle O3: bit-identical logits to the full cache."""
-    model = make_model(dtype)
+    model = tiny.make_model(dtype)
     results = []
     for policy in (None, FullPolicy(), kind(budget=80, interval=4, window=8)):
         core = EngineCore(model, EngineConfig(block_size=8), policy)
         seen = record_logits(core)
-        sequences = [core.add(prompt, SAMPLED) for prompt in make_prompts([7, 30, 60])]
+        sequences = [core.add(prompt, SAMPLED) for prompt in tiny.make_prompts([7, 30, 60])]
         while core.has_work:
             core.step()
         results.append(([s.output for s in sequences], [torch.stack(r) for r in seen.values()]))
@@ -283,16 +226,18 @@ def test_a_budget_beyond_the_length_changes_nothing(kind: type[Policy], dtype: t
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_tokens_do_not_depend_on_the_other_requests(
-    policy: Policy | None, dtype: torch.dtype
+    tiny: SimpleNamespace, policy: Policy | None, dtype: torch.dtype
 ) -> None:
     """Oracle O5: solo runs; random arrivals, chunks, pools with preemption, aborts and seeds."""
-    model, rng = make_model(dtype), random.Random(11)
-    prompts = make_prompts([rng.randrange(1, 50) for _ in range(8)], seed=3)
+    model, rng = tiny.make_model(dtype), random.Random(11)
+    prompts = tiny.make_prompts([rng.randrange(1, 50) for _ in range(8)], seed=3)
     params = [
         SamplingParams(temperature=(0.0, 0.8, 1.2)[i % 3], top_p=0.95, seed=i, max_tokens=4 + 3 * i)
         for i in range(8)
     ]
-    alone = [run_alone(model, p, q, policy).output for p, q in zip(prompts, params, strict=True)]
+    alone = [
+        tiny.run_alone(model, p, q, policy).output for p, q in zip(prompts, params, strict=True)
+    ]
     preemptions = 0
     for trial in range(3):
         config = EngineConfig(
@@ -320,14 +265,14 @@ def test_tokens_do_not_depend_on_the_other_requests(
     assert policy is not None or preemptions > 0
 
 
-def test_deterministic_mode_is_bitwise_in_float32() -> None:
+def test_deterministic_mode_is_bitwise_in_float32(tiny: SimpleNamespace) -> None:
     """Oracle O5 in float32: equal logits, bit for bit, alone and in a batch, under eviction."""
     model, policy = (
-        make_model(torch.float32),
+        tiny.make_model(torch.float32),
         FirstComponentPolicy(budget=16, interval=6, sinks=2, window=4),
     )
     config = EngineConfig(deterministic=True, max_num_batched_tokens=16, block_size=8)
-    prompts = make_prompts([40, 3, 21, 16], seed=8)
+    prompts = tiny.make_prompts([40, 3, 21, 16], seed=8)
     together = EngineCore(model, config, policy)
     seen = record_logits(together)
     sequences = [together.add(p, SAMPLED, request_id=str(i)) for i, p in enumerate(prompts)]
@@ -343,129 +288,17 @@ def test_deterministic_mode_is_bitwise_in_float32() -> None:
         assert torch.equal(torch.stack(solo["solo"]), torch.stack(seen[str(index)]))
 
 
-def test_seeded_tokens_alone_and_among_sixteen_are_equal(model: LipschitzTransformer) -> None:
+def test_seeded_tokens_alone_and_among_sixteen_are_equal(tiny: SimpleNamespace) -> None:
     """Oracle O7: the same seed gives the same tokens; other seeds give other tokens."""
-    prompt = make_prompts([12])[0]
+    prompt = tiny.make_prompts([12])[0]
     params = [SamplingParams(seed=seed, max_tokens=20) for seed in range(16)]
-    core = EngineCore(model)
+    core = EngineCore(tiny.model)
     sequences = [core.add(prompt, p) for p in params]
     while core.has_work:
         core.step()
-    assert sequences[5].output == run_alone(model, prompt, params[5]).output
+    assert sequences[5].output == tiny.run_alone(tiny.model, prompt, params[5]).output
     assert len({tuple(sequence.output) for sequence in sequences}) == 16
-    unseeded = [run_alone(model, prompt, SamplingParams(max_tokens=20)) for _ in range(2)]
+    unseeded = [tiny.run_alone(tiny.model, prompt, SamplingParams(max_tokens=20)) for _ in range(2)]
     assert unseeded[0].output != unseeded[1].output
     again = SamplingParams(max_tokens=20, seed=unseeded[0].request.seed)
-    assert run_alone(model, prompt, again).output == unseeded[0].output
-
-
-def test_finish_reasons(model: LipschitzTransformer) -> None:
-    """Oracle: the documented reasons: length, context, stop token, abort."""
-    prompt = make_prompts([80])[0]
-    assert run_alone(model, prompt, GREEDY).finish_reason == "length"
-    full = run_alone(model, prompt, SamplingParams(temperature=0.0, max_tokens=None))
-    assert (full.finish_reason, len(full.tokens)) == ("length", CONTEXT)
-    third = full.output[2]
-    stop = SamplingParams(temperature=0.0, max_tokens=None, stop_token_ids=(third,))
-    stopped = run_alone(model, prompt, stop)
-    assert stopped.finish_reason == "stop"
-    assert stopped.output == full.output[: full.output.index(third) + 1]
-    core = EngineCore(model)
-    sequence = core.add(prompt, GREEDY, request_id="x")
-    core.step()
-    core.abort("x")
-    core.abort("never seen")
-    assert (sequence.finish_reason, core.has_work) == ("abort", False)
-    assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks
-
-
-def test_add_rejects_unusable_prompts(model: LipschitzTransformer) -> None:
-    """Oracle: one line that names the numbers; the engine goes on afterwards."""
-    core = EngineCore(model, EngineConfig(num_blocks=4, block_size=8))
-    for prompt, words in (
-        ([], "empty"),
-        ([0] * CONTEXT, f"{CONTEXT} tokens.*context is {CONTEXT}"),
-        ([0] * 500, f"500 tokens.*context is {CONTEXT}"),
-        ([VOCAB], f"0 to {VOCAB - 1}"),
-        ([-1], "integer"),
-        ([True], "integer"),
-        ([1.5], "integer"),
-        ([0] * 60, "pool has 4"),
-    ):
-        with pytest.raises(DataError, match=words) as caught:
-            core.add(prompt, GREEDY)
-        assert "\n" not in str(caught.value)
-    core.add([1, 2], GREEDY, request_id="twice")
-    with pytest.raises(DataError, match="in use"):
-        core.add([1, 2], GREEDY, request_id="twice")
-    while core.has_work:
-        core.step()
-    assert core.scheduler.blocks.num_free == 4
-
-
-def test_a_prompt_may_leave_room_for_one_token(model: LipschitzTransformer) -> None:
-    """Oracle: context - 1 tokens are accepted, with exactly one new token."""
-    sequence = run_alone(model, make_prompts([CONTEXT - 1])[0], GREEDY)
-    assert (len(sequence.output), sequence.finish_reason) == (1, "length")
-
-
-def test_bad_logits_end_one_request_and_spare_the_others() -> None:
-    """Oracle: solo runs of the others; NaN in the embedding of one token only."""
-    model = make_model()
-    prompts = [[1, 2, 3], [4, 5, 49], [6, 7, 8]]
-    alone = [run_alone(model, p, GREEDY).output for p in prompts]
-    assert all(49 not in tokens for tokens in (alone[0], alone[2]))
-    with torch.no_grad():
-        model.embedding.weight[49] = float("nan")
-    core = EngineCore(model, EngineConfig(debug=True))
-    sequences = [core.add(p, GREEDY) for p in prompts]
-    while core.has_work:
-        core.step()
-    assert [s.finish_reason for s in sequences] == ["length", "error", "length"]
-    assert "not finite" in sequences[1].error
-    assert [sequences[0].output, sequences[2].output] == [alone[0], alone[2]]
-    later = core.add(prompts[0], GREEDY)
-    while core.has_work:
-        core.step()
-    assert later.output == alone[0]
-
-
-@pytest.mark.parametrize("where", ["forward", "compact"])
-def test_a_fault_ends_the_step_and_leaks_nothing(
-    model: LipschitzTransformer, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """Oracle: the invariant check, a full free list, and an unharmed next request."""
-    policy = WindowPolicy(budget=16, interval=4, sinks=2, window=4)
-    core = EngineCore(model, EngineConfig(block_size=8, debug=True), policy)
-    prompts = make_prompts([5, 30])
-    original = getattr(core.runner, where)
-
-    def fault(*args: object, **kwargs: object) -> None:
-        monkeypatch.setattr(core.runner, where, original)
-        raise MemoryError("no memory")
-
-    monkeypatch.setattr(core.runner, where, fault)
-    failed = [core.add(prompt, GREEDY) for prompt in prompts]
-    while core.has_work:
-        core.step()
-    assert {s.finish_reason for s in failed} <= {"error", "length"}
-    assert any("no memory" in (s.error or "") for s in failed)
-    assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks
-    after = core.add(prompts[0], GREEDY)
-    while core.has_work:
-        core.step()
-    assert after.output == run_alone(model, prompts[0], GREEDY, policy).output
-
-
-def test_opting_out_keeps_the_cache_whole(model: LipschitzTransformer) -> None:
-    """Oracle: the full cache's tokens, beside a compressed request."""
-    policy = WindowPolicy(budget=8, interval=4, sinks=2, window=4)
-    prompt = make_prompts([20])[0]
-    core = EngineCore(model, EngineConfig(debug=True), policy)
-    whole, cut = core.add(prompt, GREEDY, compress=False), core.add(prompt, GREEDY)
-    while core.has_work:
-        core.step()
-    assert whole.output == run_alone(model, prompt, GREEDY).output
-    assert (whole.compactions, whole.kept_fraction) == (0, 1.0)
-    assert cut.compactions > 0
-    assert cut.kept_fraction < 0.7
+    assert tiny.run_alone(tiny.model, prompt, again).output == unseeded[0].output
