@@ -30,12 +30,20 @@ COMMANDS: dict[str, tuple[str, str]] = {
 PACKAGES = ("common", "solvers", "train", "compress", "serve", "conf")
 
 # Hydra's own; anything else with dashes is a slip for key=value.
-OPTIONS = (
-    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package"),
-    *("-r", "--run", "-m", "--multirun", "-sc", "--shell-completion", "-i", "--info"),
-    *("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),
-    "--experimental-rerun",
+FLAGS = (
+    "-h",
+    "--help",
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "-r",
+    "--run",
+    "-m",
+    "--multirun",
 )
+FLAGS += ("-sc", "--shell-completion")
+VALUED_OPTIONS = ("-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path")
+VALUED_OPTIONS += ("-cn", "--config-name", "-cd", "--config-dir", "--experimental-rerun")
 
 COMMAND_VARIABLE = "LIPLLM_COMMAND"
 TRACE_VARIABLE = "LIPLLM_TRACE"
@@ -81,7 +89,7 @@ def _dispatch() -> int:
     command = _take_command()
     if command is None:
         return _without_command(sys.argv[1:])
-    _check_options(sys.argv[1:])
+    sys.argv[1:] = _options_last(sys.argv[1:])
     _check_packages()
     # Rank processes are started without the command word and find it here.
     os.environ[COMMAND_VARIABLE] = command
@@ -131,13 +139,29 @@ def _without_command(arguments: Sequence[str]) -> int:
     return 2
 
 
-def _check_options(arguments: Sequence[str]) -> None:
+def _options_last(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments in the one order that Hydra's parser takes: overrides, then options.
+
+    Raises:
+        ConfigError: for an option that Hydra does not have.
+    """
     from common.errors import ConfigError
 
+    overrides: list[str] = []
+    options: list[str] = []
+    wants_value = False
     for argument in arguments:
-        option = argument.partition("=")[0]
-        if option.startswith("-") and option not in OPTIONS:
+        option, has_value, _ = argument.partition("=")
+        if wants_value and not has_value:
+            options.append(argument)
+        elif not argument.startswith("-"):
+            overrides.append(argument)
+        elif option in FLAGS + VALUED_OPTIONS:
+            options.append(argument)
+        else:
             raise ConfigError(f"unknown option {option!r}: settings are written key=value")
+        wants_value = argument in VALUED_OPTIONS
+    return overrides + options
 
 
 def _check_packages() -> None:

@@ -70,6 +70,28 @@ def test_rank_process_finds_the_command(
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["a=1", "-m", "b=2"], ["a=1", "b=2", "-m"]),
+        (["--cfg", "job", "a=1"], ["a=1", "--cfg", "job"]),
+        (["--info", "a=1"], ["a=1", "--info"]),
+        (["--config-dir=d", "~a", "+b=-1"], ["~a", "+b=-1", "--config-dir=d"]),
+    ],
+)
+def test_options_may_stand_anywhere(
+    lipllm: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    expected: list[str],
+) -> None:
+    """Oracle: by hand; Hydra's parser refuses options between overrides."""
+    seen: list[list[str]] = []
+    _install(monkeypatch, lambda: seen.append(list(sys.argv[1:])))
+    assert lipllm("doctor", *given).status == 0
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
     ("line", "expected"), [("lipllm tr", "train"), ("lipllm c", "certify compress calibrate")]
 )
 def test_completion_offers_commands(

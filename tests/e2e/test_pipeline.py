@@ -142,4 +142,4 @@ def test_verify_tells_a_flipped_bit(
     weights.write_bytes(bytes(content))
     done = lipllm("verify", f"bundle={bundle}")
     assert done.status == 2
-    assert "model.safetensors" in done.err
+    assert "weight tensor" in done.err
