@@ -27,12 +27,15 @@ class AndersonHalpern(Halpern):
         memory: Differences kept, at least 1.
         safeguard: A candidate must shrink the residual to this fraction, in (0, 1).
         rcond: Relative cut-off of the least-squares problem.
+        relax_lipschitz: Factor on an *estimated* L at an accepted candidate, in (0, 1]; a given
+            bound stays.
     """
 
     name: ClassVar[str] = "halpern_anderson"
     memory: int = 8
     safeguard: float = 0.9
     rcond: float = 1e-8
+    relax_lipschitz: float = 0.7
 
     def __post_init__(self) -> None:
         """Validate the settings."""
@@ -41,6 +44,7 @@ class AndersonHalpern(Halpern):
             raise ConfigError(f"memory={self.memory}: expected at least 1")
         within("safeguard", self.safeguard, 1e-6, 1 - 1e-6)
         within("rcond", self.rcond, 0.0, 0.1)
+        within("relax_lipschitz", self.relax_lipschitz, 1e-3, 1.0)
 
     def step(self, oracle: Oracle, state: HalpernState) -> HalpernState:
         """Try the extrapolated point; fall back to one Halpern step."""
@@ -73,6 +77,9 @@ class AndersonHalpern(Halpern):
         following = self._state(oracle, point, value, state.lipschitz, anchor=point)
         if following.residual > self.safeguard * state.residual:
             return None
+        if oracle.problem.lipschitz_bound is None and self.relax_lipschitz < 1:
+            lipschitz = self.relax_lipschitz * state.lipschitz
+            following = self._state(oracle, point, value, lipschitz, anchor=point)
         return replace(following, restarts=state.restarts + 1, reference=following.residual)
 
 
