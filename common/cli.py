@@ -30,20 +30,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 PACKAGES = ("common", "solvers", "train", "compress", "serve", "conf")
 
 # Hydra's own; anything else with dashes is a slip for key=value.
-FLAGS = (
-    "-h",
-    "--help",
-    "--hydra-help",
-    "--version",
-    "--resolve",
-    "-r",
-    "--run",
-    "-m",
-    "--multirun",
+FLAGS = frozenset(
+    ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun")
+    + ("-sc", "--shell-completion")
 )
-FLAGS += ("-sc", "--shell-completion")
-VALUED_OPTIONS = ("-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path")
-VALUED_OPTIONS += ("-cn", "--config-name", "-cd", "--config-dir", "--experimental-rerun")
+VALUED_OPTIONS = frozenset(
+    ("-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn")
+    + ("--config-name", "-cd", "--config-dir", "--experimental-rerun")
+)
 
 COMMAND_VARIABLE = "LIPLLM_COMMAND"
 TRACE_VARIABLE = "LIPLLM_TRACE"
@@ -156,7 +150,7 @@ def _options_last(arguments: Sequence[str]) -> list[str]:
             options.append(argument)
         elif not argument.startswith("-"):
             overrides.append(argument)
-        elif option in FLAGS + VALUED_OPTIONS:
+        elif option in FLAGS | VALUED_OPTIONS:
             options.append(argument)
         else:
             raise ConfigError(f"unknown option {option!r}: settings are written key=value")
