@@ -30,14 +30,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 PACKAGES = ("common", "solvers", "train", "compress", "serve", "conf")
 
 # Hydra's own; anything else with dashes is a slip for key=value.
-FLAGS = frozenset(
-    ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun")
-    + ("-sc", "--shell-completion")
-)
-VALUED_OPTIONS = frozenset(
-    ("-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn")
-    + ("--config-name", "-cd", "--config-dir", "--experimental-rerun")
-)
+FLAGS = {
+    *("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun"),
+    *("-sc", "--shell-completion"),
+}
+VALUED_OPTIONS = {
+    *("-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn"),
+    *("--config-name", "-cd", "--config-dir", "--experimental-rerun"),
+}
 
 COMMAND_VARIABLE = "LIPLLM_COMMAND"
 TRACE_VARIABLE = "LIPLLM_TRACE"
