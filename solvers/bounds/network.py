@@ -7,7 +7,8 @@ stored comes from the functions the checker uses, moved up by its agreed margin.
 import dataclasses
 import math
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def certify(
     blocks: list[BlockProof] = []
     multipliers: dict[str, Tensor] = {}
     start = radius
-    for index in range(2 * config.layers):
+    for index in _with_bar(range(2 * config.layers), shown=tighten):
         found, facts = _search(config, tensors, index, radius, settings) if tighten else ({}, {})
         block = _prove(config, tensors, index, (radius, naive_radius), found)
         if "dual" in facts:
@@ -137,6 +138,13 @@ def with_totals(certificate: Certificate, *, single_head: bool) -> Certificate:
         log10_tightened=log10_up(tightened),
         reference_sound=single_head and certificate.reference >= bound,
     )
+
+
+def _with_bar(indices: range, *, shown: bool) -> Iterable[int]:
+    from rich.progress import track
+
+    is_quiet = not shown or not sys.stdout.isatty()
+    return track(indices, "certifying blocks", disable=is_quiet, transient=True)
 
 
 def _prove(
