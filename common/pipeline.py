@@ -130,7 +130,7 @@ def pipeline(cfg: DictConfig, run: Run) -> Outcome:
     done: dict[str, Finished] = {}
     hashes: dict[str, str] = {}
     for index, stage in enumerate(stages):
-        console.rule(f"{index + 1}/{len(stages)} {stage.name}", align="left")
+        _print_heading(console, f"{index + 1}/{len(stages)} {stage.name}")
         bundle = None if stage.bundle is None else _bundle_of(stage, done[stage.bundle])
         inputs = [hashes[name] for name in dependencies(stages, index)]
         step = _stage_run(stage, config, run, inputs=inputs, bundle=bundle)
@@ -229,6 +229,13 @@ def _artifacts(stages: Sequence[Stage], done: Mapping[str, Finished]) -> dict[st
         for stage in stages
         for name, public in (stage.artifacts or {}).items()
     }
+
+
+def _print_heading(console: Console, text: str) -> None:
+    if console.is_terminal:
+        console.rule(text, align="left")
+    else:
+        console.print(f"[{text}]", markup=False)
 
 
 def _print_table(console: Console, stages: Sequence[Stage], done: Mapping[str, Finished]) -> None:

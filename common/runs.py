@@ -1,6 +1,8 @@
 """From a function to a command: Hydra around it, a run directory under it, a summary after it."""
 
+import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -38,6 +40,8 @@ from common.ledger import (
 __all__ = ["Outcome", "Run", "SweepReport", "hydra_command", "plain"]
 
 ERROR_FILE = "error.txt"
+
+_NAME_LIMIT = 180  # file systems stop at 255 bytes
 
 
 def hydra_command(config_name: str, body: Body, *, shared: bool = False) -> Callable[[], int]:
@@ -215,4 +219,12 @@ def _known_part(root: DictConfig) -> dict[str, Any]:
     return config
 
 
+def _cell_directory(overrides: str) -> str:
+    """Resolve ``hydra.sweep.subdir``: one folder per cell, named by its overrides."""
+    name = re.sub(r"[/\s]+", "_", overrides) or "defaults"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return name if len(name) <= _NAME_LIMIT else f"{name[:_NAME_LIMIT]}-{digest}"
+
+
 OmegaConf.register_new_resolver("run_directory", _run_directory, replace=True)
+OmegaConf.register_new_resolver("cell_directory", _cell_directory, replace=True)

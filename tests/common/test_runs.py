@@ -198,6 +198,17 @@ def test_sweep_goes_on_after_a_failing_job(doctor: Callable[..., Any]) -> None:
     assert done.out.splitlines()[-1] == f"sweep: {Path('sweep').resolve()}"
 
 
+def test_cells_are_single_folders(doctor: Callable[..., Any]) -> None:
+    """Oracle: one folder per cell, whatever its overrides contain and however long they are."""
+    long = "x" * 300
+    done = doctor(_fine, "-m", f"name=a/b,{long}1,{long}2", "seed=1", "hydra.sweep.dir=sweep")
+    assert done.status == 0
+    cells = sorted(path.parent.relative_to("sweep") for path in Path("sweep").rglob("summary.json"))
+    assert len(cells) == 3
+    assert all(len(cell.parts) == 1 for cell in cells)
+    assert Path("name=a_b,seed=1") in cells
+
+
 def test_sweep_started_again_does_what_is_left(doctor: Callable[..., Any]) -> None:
     """Oracle: the seeds that ran the second time."""
     calls: list[int] = []
