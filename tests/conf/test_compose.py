@@ -84,3 +84,15 @@ def test_pipeline_lists_every_group_of_its_commands() -> None:
     stages = ("train", "certify", "compress", "calibrate", "generate", "report")
     needed = {group for command in stages for group in _groups(command)}
     assert needed <= set(_groups("pipeline"))
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("command", ["train", "pipeline"])
+def test_experiment_composes(command: str, path: Path) -> None:
+    """Oracle: the overlay's own values win over those of the groups."""
+    overlay = yaml.safe_load(path.read_text())
+    config = compose(command, overrides=[f"experiment={path.stem}"])
+    for group, values in overlay.items():
+        if group != "defaults" and isinstance(values, dict):
+            chosen = OmegaConf.to_container(config[group], resolve=True)
+            assert all(chosen[key] == value for key, value in values.items())
