@@ -2,9 +2,6 @@
 
 import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,24 +13,17 @@ from omegaconf import DictConfig
 from common.bundle import save_bundle
 from common.config import build
 from common.corpus import Corpus, prepare_corpus
-from common.errors import ConfigError
 from common.models import LipschitzTransformer, ModelConfig
 from common.runs import Outcome, Run, hydra_command
 from common.tracking import build_loggers
-from train.callbacks import (
-    CHECKPOINT,
-    Certify,
-    Checkpoint,
-    Progress,
-    Sample,
-    matrix_norms,
-    naive_certificate,
-)
+from train.callbacks import CHECKPOINT, Certify, Checkpoint, Progress, Sample
 from train.data import TokenDataModule
 from train.evaluate import bits_per_byte, evaluate, reference_windows
 from train.groups import Constraint, OptimConfig, parameter_groups
 from train.init import initialise, initialise_biases
+from train.loop import build_trainer, quiet, resolve_device
 from train.module import LipschitzModule
+from train.probes import matrix_norms, naive_certificate
 from train.schedules import Schedule
 from train.settings import CallbacksConfig, TrainerConfig
 
@@ -88,8 +78,8 @@ def train(cfg: DictConfig, run: Run) -> Outcome:
     loggers = build_loggers(build(cfg.logger), run.directory, run)
     progress = Progress(settings.callbacks.log_every)
     callbacks = _callbacks(progress, corpus, model, settings, run.directory)
-    with _quiet():
-        trainer = _trainer(settings, callbacks, loggers)
+    with quiet():
+        trainer = build_trainer(settings.trainer, settings.device, callbacks, loggers)
         trainer.fit(module, datamodule=data, ckpt_path=_checkpoint(run), weights_only=True)
     model.eval()
     metrics = _final_metrics(model, corpus, settings)
@@ -111,7 +101,7 @@ def read_settings(cfg: DictConfig) -> Settings:
     Raises:
         ConfigError: for the first impossible value.
     """
-    _device(cfg.device, 1)
+    resolve_device(cfg.device, 1)
     return Settings(
         seed=cfg.seed,
         device=cfg.device,
@@ -171,44 +161,6 @@ def _callbacks(
     ]
 
 
-def _trainer(settings: Settings, callbacks: list[L.Callback], loggers: list) -> L.Trainer:
-    loop = settings.trainer
-    accelerator, devices = _device(settings.device, loop.devices)
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=loop.num_nodes,
-        strategy=loop.strategy,
-        precision=loop.precision,
-        max_steps=loop.max_steps,
-        accumulate_grad_batches=loop.accumulate_grad_batches,
-        gradient_clip_val=loop.gradient_clip_val,
-        deterministic=loop.deterministic,
-        val_check_interval=(loop.val_every or 1) * loop.accumulate_grad_batches,
-        check_val_every_n_epoch=None,
-        limit_val_batches=1.0 if loop.val_every else 0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        callbacks=callbacks,
-        logger=loggers,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),
-        use_distributed_sampler=False,
-    )
-
-
-def _device(device: str, devices: int | str) -> tuple[str, int | str | list[int]]:
-    kind, _, index = device.partition(":")
-    if kind == "auto":
-        return "auto", devices
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ConfigError(f"device={device}: expected auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device}: no CUDA device is available; use device=auto")
-    return kind, [int(index)] if index else devices
-
-
 def _checkpoint(run: Run) -> Path | None:
     path = run.directory / "checkpoints" / CHECKPOINT
     return path if run.resumed and path.is_file() else None
@@ -258,22 +210,6 @@ def _outcome(
         max(matrix_norms(model).values()),
     )
     return Outcome(metrics=metrics, artifacts=artifacts, objective=objective)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice off the screen; its warnings about hardware stay in the log."""
-    framework = logging.getLogger("lightning.pytorch")
-    level = framework.level
-    framework.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.*")
-        warnings.filterwarnings("ignore", message=".*was previously set for.*")
-        try:
-            yield
-        finally:
-            framework.setLevel(level)
 
 
 main = hydra_command("train", train)

@@ -1,0 +1,75 @@
+"""The Lightning trainer that a configuration asks for."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+
+from common.errors import ConfigError
+from train.settings import TrainerConfig
+
+
+def build_trainer(
+    loop: TrainerConfig, device: str, callbacks: list[L.Callback], loggers: list[Any]
+) -> L.Trainer:
+    """Return the Lightning trainer of a configuration; it counts optimizer steps, not epochs."""
+    accelerator, devices = resolve_device(device, loop.devices)
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=loop.num_nodes,
+        strategy=loop.strategy,
+        precision=loop.precision,
+        max_steps=loop.max_steps,
+        accumulate_grad_batches=loop.accumulate_grad_batches,
+        gradient_clip_val=loop.gradient_clip_val,
+        deterministic=loop.deterministic,
+        val_check_interval=(loop.val_every or 1) * loop.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if loop.val_every else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        callbacks=callbacks,
+        logger=loggers,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+        use_distributed_sampler=False,
+    )
+
+
+def resolve_device(device: str, devices: int | str) -> tuple[str, int | str | list[int]]:
+    """Return Lightning's accelerator and devices for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ConfigError: for another name, or CUDA where there is none.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "auto":
+        return "auto", devices
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(f"device={device}: expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device}: no CUDA device is available; use device=auto")
+    return kind, [int(index)] if index else devices
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's advice off the screen; its warnings about hardware stay in the log."""
+    framework = logging.getLogger("lightning.pytorch")
+    level = framework.level
+    framework.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.*")
+        warnings.filterwarnings("ignore", message=".*was previously set for.*")
+        try:
+            yield
+        finally:
+            framework.setLevel(level)
