@@ -67,7 +67,7 @@ def replay(
         config: Block size and backend.
     """
     config = config or EngineConfig()
-    session = _Session(model, tokens_NT, policy, stats, DeviationTracker(ledger), config)
+    session = Session(model, tokens_NT, policy, stats, DeviationTracker(ledger), config)
     length, tail = tokens_NT.shape[1], min(SPEED_TOKENS, tokens_NT.shape[1] // 2)
     session.advance(length - tail)
     start = time.perf_counter()
@@ -84,8 +84,8 @@ def replay(
     )
 
 
-class _Session:
-    """Windows of equal length in lockstep over one pool."""
+class Session:
+    """Windows of equal length in lockstep over one pool; see ``replay`` for the arguments."""
 
     def __init__(
         self,

@@ -136,3 +136,16 @@ def test_manager_rejects_empty_pools(num_blocks: int, block_size: int) -> None:
     """Oracle: the documented error."""
     with pytest.raises(ConfigError, match="expected"):
         BlockManager(num_blocks, block_size)
+
+
+def test_cancel_compaction_gives_back_the_fresh_blocks() -> None:
+    """Oracle: the state before the plan; a shared table needs fresh blocks."""
+    manager = BlockManager(6, BLOCK_SIZE)
+    table: list[int] = []
+    manager.grow(table, 12)
+    shared = manager.share(table, 12)
+    plan = manager.plan_compaction(table, 8)
+    assert len(plan.fresh) == 2
+    manager.cancel_compaction(plan)
+    manager.check([table, shared])
+    assert manager.num_free == 3

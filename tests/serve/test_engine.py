@@ -32,13 +32,14 @@ FLOAT32 = 2e-4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FirstComponentPolicy(Policy):
-    """Keep the keys whose first rotated component is largest: differs per layer and head."""
+    """Keep the keys with the largest, or at odd lengths smallest, first rotated component."""
 
     name: ClassVar[str] = "first-component"
 
     def score(self, view: LayerView) -> Tensor:
-        """Return k[..., 0]."""
-        return gather_pages(view.k_pool, view.tables_RN)[..., 0]
+        """Return k[..., 0] with the sign of the next query's position."""
+        sign_R11 = 1 - 2 * (view.positions_R % 2)[:, None, None]
+        return gather_pages(view.k_pool, view.tables_RN)[..., 0] * sign_R11
 
 
 def record_logits(core: EngineCore) -> dict[str, list[Tensor]]:
@@ -115,7 +116,8 @@ class DenseCache:
                     protected = slot < self.policy.sinks or slot > newest - self.policy.window
                     score = slot
                     if isinstance(self.policy, FirstComponentPolicy):
-                        score = float(self.keys[layer][0, head, slot, 0])
+                        sign = 1 - 2 * (self.keys[layer].shape[2] % 2)
+                        score = sign * float(self.keys[layer][0, head, slot, 0])
                     return (protected, score, slot)
 
                 chosen = sorted(alive, key=rank, reverse=True)[: self.policy.budget]

@@ -7,12 +7,14 @@ import torch
 
 from common.errors import ShapeError
 from common.models import LipschitzTransformer, ModelConfig
+from serve.engine.certified import DeviationTracker
+from serve.engine.request import Item
 from serve.engine.scheduler import EngineConfig
 from serve.evaluate import frontier, full_logits, score_policy, with_budget
 from serve.kv import FullPolicy, Policy, TriAttentionPolicy, WindowPolicy
 from serve.kv.calibrate import calibrate, layer_stats
 from serve.kv.eviction import EvictionLedger
-from serve.replay import replay
+from serve.replay import Session, replay
 from solvers.bounds.network import certify
 
 CONTEXT, VOCAB = 64, 40
@@ -154,3 +156,21 @@ def test_score_rejects_impossible_windows(model, shape: tuple[int, int]) -> None
     """Oracle: the documented error."""
     with pytest.raises(ShapeError, match="windows"):
         score_policy(model, torch.zeros(shape, dtype=torch.long), WINDOW)
+
+
+def test_a_chunk_over_a_compressed_cache_equals_single_tokens(model, tokens_NT) -> None:
+    """Oracle: decode rows; the dense path must use each head's own positions."""
+    policy = TriAttentionPolicy(budget=14, interval=5, sinks=2, window=4)
+    stats = layer_stats(calibrate(model, [tokens_NT]), model.config)
+    tracker, config = DeviationTracker(None), EngineConfig(block_size=4)
+    logits = []
+    for as_decodes in (True, False):
+        session = Session(model, tokens_NT, policy, stats, tracker, config)
+        session.advance(40)
+        for sequence in session.sequences:
+            session.blocks.grow(sequence.block_table, sequence.kv_len + 4)
+        items = [Item(sequence=sequence, count=4) for sequence in session.sequences]
+        assert all(s.compressed and s.kv_len == 15 for s in session.sequences)
+        logits.append(session.runner.forward(items, as_decodes=as_decodes))
+    last = logits[0].unflatten(0, (3, 4))[:, -1]
+    torch.testing.assert_close(logits[1], last, atol=FLOAT64, rtol=FLOAT64)

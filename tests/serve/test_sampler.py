@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from serve.engine import sampler
 from serve.engine.request import SamplingParams
 from serve.engine.sampler import filtered_probabilities, sample, uniform
 
@@ -136,3 +137,13 @@ def test_sample_logprobs_are_those_of_the_raw_logits() -> None:
     assert set(expected.topk(4).indices.tolist()) <= set(choice.logprobs)
     for token, value in choice.logprobs.items():
         assert value == pytest.approx(float(expected[token]), abs=EXACT)
+
+
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (1 - 2**-53, 3)])
+def test_sample_never_draws_a_token_without_probability(
+    monkeypatch: pytest.MonkeyPatch, u: float, token: int
+) -> None:
+    """Oracle: the first and the last token that top-k keeps, at the ends of the unit interval."""
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: u)
+    logits_RV = torch.tensor([[-50.0, 0.3, 0.1, 0.2, -60.0]])
+    assert draw(logits_RV, SamplingParams(top_k=3), [0], 0) == [token]
