@@ -239,8 +239,9 @@ def _source(config: DataConfig) -> Files | Hub:
         return stdlib_files()
     if config.path:
         return local_files(Path(config.path).expanduser(), as_bytes=config.source == "bytes")
-    name, subset = HUB_CORPORA.get(config.source, (config.name, config.subset))
-    return Hub(name=str(name), subset=subset)
+    if config.source in HUB_CORPORA:
+        return HUB_CORPORA[config.source]
+    return Hub(name=str(config.name), subset=config.subset, column=config.column)
 
 
 def _key(config: DataConfig, source: Files | Hub, tokenizer: Tokenizer | None) -> str:

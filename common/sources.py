@@ -20,12 +20,6 @@ from typing import Any
 
 from common.errors import BackendError, DataError
 
-# Known corpora on the hub: repository, subset.
-HUB_CORPORA: dict[str, tuple[str, str | None]] = {
-    "shakespeare": ("Trelis/tiny-shakespeare", None),
-    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "fineweb": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-}
 # Test suites, vendored tools and installed packages are not the library's own text.
 _STDLIB_EXCLUDED = frozenset(
     """test tests idle_test idlelib lib2to3 turtledemo ensurepip
@@ -51,11 +45,19 @@ class Files:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hub:
-    """A data set on the Hugging Face hub: repository, subset and split."""
+    """A data set on the Hugging Face hub: repository, subset, text column and split."""
 
     name: str
-    subset: str | None
+    subset: str | None = None
+    column: str = "text"
     split: str = "train"
+
+
+HUB_CORPORA = {
+    "shakespeare": Hub(name="Trelis/tiny-shakespeare", column="Text"),
+    "wikitext": Hub(name="Salesforce/wikitext", subset="wikitext-2-raw-v1"),
+    "fineweb": Hub(name="HuggingFaceFW/fineweb-edu", subset="sample-10BT"),
+}
 
 
 def stdlib_files() -> Files:
@@ -141,7 +143,7 @@ def documents(source: Files | Hub, column: str, max_bytes: int | None) -> Iterat
 
     Args:
         source: Files or a hub data set.
-        column: Text column of tables (parquet, jsonl, hub).
+        column: Text column of local tables (parquet, jsonl).
         max_bytes: Stop after this many bytes, cutting the last document at a character.
 
     Raises:
@@ -166,7 +168,10 @@ def documents(source: Files | Hub, column: str, max_bytes: int | None) -> Iterat
 
 
 def _rows(source: Files | Hub, column: str) -> Iterator[str]:
-    column = "text" if isinstance(source, Files) and source.loader == "text" else column
+    if isinstance(source, Hub):
+        column = source.column
+    elif source.loader == "text":
+        column = "text"
     where = source.name if isinstance(source, Hub) else str(source.paths[0])
     try:
         for row in _open(source):

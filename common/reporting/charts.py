@@ -5,12 +5,12 @@ stays text. Colours carry meaning: one tone for what is proved, another for what
 """
 
 import dataclasses
-import html
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from common.reporting.page import escape
 
 # Tone to placeholder colour; the page defines the CSS variable of the same name.
 TONES = {
@@ -26,6 +26,8 @@ TONES = {
 }
 # For series that are alternatives; blue and orange keep their meaning.
 SERIES_TONES = ("second", "third", "neutral", "measured", "naive", "proved")
+# Beyond these a logarithmic axis itself overflows.
+_TINY, _HUGE = 1e-100, 1e100
 _SIZE_INCHES = (5.4, 2.9)
 _STYLE: Any = {
     "figure.facecolor": "none",
@@ -141,7 +143,7 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], y_label: str) -> 
         series: One value per group each, or None.
         y_label: What the vertical axis shows, with its unit.
     """
-    values = [v for one in series for v in one.y if v is not None and v > 0 and math.isfinite(v)]
+    values = [v for one in series for v in one.y if v is not None and _TINY <= v <= _HUGE]
     is_wide = bool(values) and max(values) > 50 * min(values)
     width = 0.8 / max(1, len(series))
 
@@ -149,7 +151,7 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], y_label: str) -> 
         for order, one in enumerate(series):
             offset = (order - (len(series) - 1) / 2) * width
             places = [(i + offset, v) for i, v in enumerate(one.y) if v is not None]
-            x, y = [p for p, _ in places], [v if math.isfinite(v) else None for _, v in places]
+            x, y = [p for p, _ in places], [v if 0 <= v <= _HUGE else None for _, v in places]
             if is_wide:
                 axes.plot(x, y, "o", color=TONES[one.tone], markersize=5, clip_on=False)
             else:
@@ -196,7 +198,7 @@ def key(series: Sequence[Series]) -> str:
     for one in series:
         mark = "dash" if one.dashed else "solid"
         swatch = f'<i class="{mark}" style="color:var(--{one.tone})"></i>'
-        items.append(f"<span>{swatch}{html.escape(one.label)}</span>")
+        items.append(f"<span>{swatch}{escape(one.label)}</span>")
     return f'<div class="key">{"".join(items)}</div>'
 
 
@@ -215,11 +217,9 @@ def _log_scale(axes: Any) -> None:
 
 
 def _points(one: Series, *, positive: bool) -> tuple[list[float], list[float]]:
-    kept = [
-        (x, y)
-        for x, y in zip(one.x, one.y, strict=True)
-        if y is not None and math.isfinite(y) and (y > 0 or not positive)
-    ]
+    pairs = zip(one.x, one.y, strict=True)
+    low = _TINY if positive else -_HUGE
+    kept = [(x, y) for x, y in pairs if y is not None and low <= y <= _HUGE]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
@@ -249,6 +249,7 @@ def _svg(
 def _inline(document: str, description: str) -> str:
     """Cut an SVG document down to an element of the page: colours as variables."""
     svg = document[document.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
     for tone, colour in TONES.items():
@@ -257,5 +258,5 @@ def _inline(document: str, description: str) -> str:
     head, rest = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     view = box.group(0) if box else ""
-    label = html.escape(description, quote=True)
+    label = escape(description)
     return f'<svg {view} role="img" aria-label="{label}">{rest}'.strip()
