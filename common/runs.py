@@ -74,7 +74,7 @@ def hydra_command(config_name: str, body: Body, *, shared: bool = False) -> Call
         wrapped = hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
         try:
             wrapped(job)()
-        except (HydraException, OmegaConfBaseException):
+        except (HydraException, OmegaConfBaseException, BrokenPipeError):
             raise
         except (OSError, ValueError) as error:
             # The job's own errors are in ``failures``: these are of Hydra, before the job.
