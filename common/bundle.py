@@ -142,10 +142,7 @@ def save_bundle(
         "parent": parent.fingerprint if parent else None,
         "commands": [],
     }
-    files.recover_directory(path)
-    is_free = not path.exists() or (path / MANIFEST).is_file()
-    if not is_free and not (path.is_dir() and not any(path.iterdir())):
-        raise BundleError(f"{path}: holds something else than a bundle; choose another folder")
+    _require_own(path)
     with _writing(path), contextlib.ExitStack() as stack:
         if path.exists():
             stack.enter_context(files.directory_lock(path))
@@ -266,6 +263,14 @@ def resolve_bundle(name: str | Path) -> Path:
         f"bundle={name}: no such directory and no shipped model of that name (shipped: {shipped}); "
         "make one with: lipllm train"
     )
+
+
+def _require_own(path: Path) -> None:
+    """Refuse a place that holds the user's own files."""
+    files.recover_directory(path)
+    is_free = not path.exists() or (path / MANIFEST).is_file()
+    if not is_free and not (path.is_dir() and not any(path.iterdir())):
+        raise BundleError(f"{path}: holds something else than a bundle; choose another folder")
 
 
 @contextlib.contextmanager
