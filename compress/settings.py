@@ -45,7 +45,7 @@ class CompressConfig:
     comp: str = "lsq_capped"
     tau: float = 1.0
     bias: bool = False
-    allocation: str = "certified"
+    allocation: str = "uniform"
     order: str = "sequential"
     ridge: float | None = None
     min_keep: float = 0.1

@@ -85,6 +85,26 @@ def test_uniform_is_never_better_than_certified(seed):
         assert objective(layers, allocate(layers, keep, "certified")) <= uniform + 1e-12
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_rms_minimises_the_sum_of_squares(seed):
+    """Oracle: all combinations."""
+    layers = curves(seed)
+    need = needed(layers, 0.5)
+
+    def squares(removed):
+        pairs = zip(layers, removed, strict=True)
+        return sum((c.amplification * c.errors[r]) ** 2 for c, r in pairs)
+
+    best = min(
+        squares(choice)
+        for choice in itertools.product(*(curve.options(1) for curve in layers))
+        if sum(c.cost * r for c, r in zip(layers, choice, strict=True)) >= need
+    )
+    kept = allocate(layers, 0.5, "rms")
+    found = squares([c.components - k for c, k in zip(layers, kept, strict=True)])
+    assert found == pytest.approx(best)
+
+
 def test_objective_falls_as_the_budget_grows():
     """More parameters never make the bound larger."""
     layers = curves(3, layers=4, size=11)
@@ -111,5 +131,5 @@ def test_a_budget_out_of_reach_is_refused():
     layers = [Curve(components=10, cost=2, errors=[0.0] * 4)]
     with pytest.raises(ConfigError, match="at most 6 of the 10 units"):
         allocate(layers, 0.5)
-    with pytest.raises(ConfigError, match="expected one of uniform, certified"):
+    with pytest.raises(ConfigError, match="expected one of certified, rms"):
         allocate(layers, 0.9, "fair")

@@ -26,7 +26,7 @@ def norm(weight: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("order", ["sequential", "one_shot"])
-@pytest.mark.parametrize("allocation", ["uniform", "certified"])
+@pytest.mark.parametrize("allocation", ["uniform", "rms", "certified"])
 def test_budget_is_met_and_pairs_stay_together(make_model, activation, order, allocation):
     """Every combination of activation, order and allocation."""
     model = make_model(activation)
