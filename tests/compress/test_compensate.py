@@ -104,7 +104,7 @@ def test_capped_solution_obeys_the_cap_and_is_optimal(make_problem, kind, share)
     gram = problem.gram_II[KEPT][:, KEPT]
     target = problem.gram_II[KEPT] @ problem.weight_IO
     polished = new
-    for _ in range(3000):
+    for _ in range(1000):
         step = (gram @ polished - target) / norm(gram)
         polished = clip_spectrum(polished - step, cap)
     best = reconstruction_error(problem, KEPT, polished)

@@ -41,9 +41,13 @@ def ascend(objective, start, radius, steps=ATTACK_STEPS):
     return best
 
 
-@pytest.mark.parametrize("comp", METHODS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("activation", "comp", "bias"),
+    [
+        *((activation, "lsq_capped", bias) for activation in ACTIVATIONS for bias in (True, False)),
+        *(("maxmin", comp, True) for comp in METHODS if comp != "lsq_capped"),
+    ],
+)
 def test_no_input_moves_a_block_by_more_than_its_delta(make_model, activation, comp, bias):
     """Oracle: gradient ascent on the change of the block over the ball, many starts at once."""
     dense, _, pruning = pruned_pair(make_model, activation, comp, bias=bias)
@@ -73,7 +77,7 @@ def test_bound_is_exact_where_the_branch_is_linear(make_model, activation):
     assert expected <= branch_bound(tensors, mlp.layer, 1.0) <= TIGHT * expected
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["gelu", "relu", "maxmin"])
 def test_certified_logit_deviation_withstands_an_attack(make_model, activation):
     """Measured <= semi-empirical <= certified on text; ascent in the ball stays below certified."""
     dense, certificate, pruning = pruned_pair(make_model, activation)
@@ -89,7 +93,7 @@ def test_certified_logit_deviation_withstands_an_attack(make_model, activation):
 
     start = dense.embed(tokens_BT).detach()
     start *= certificate.radius / start.norm(dim=-1, keepdim=True)
-    found = ascend(change, start, certificate.radius, steps=60)
+    found = ascend(change, start, certificate.radius, steps=40)
     assert measured.logits < found <= deviation.logits
 
 
