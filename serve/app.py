@@ -18,7 +18,7 @@ from common.corpus import Corpus, prepare_corpus
 from common.errors import BundleError, DataError
 from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
-from common.tracking import build_loggers
+from common.tracking import LoggerConfig, build_loggers
 from serve.calibrate_app import calibrate
 from serve.engine.request import SamplingParams
 from serve.engine.scheduler import EngineConfig
@@ -71,10 +71,16 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
         write_json(paths["kv_frontier"], [score.to_dict() for score in scores])
     metrics = _speed(outputs, seconds, references, full_seconds)
     metrics |= _quality(scores[0]) if scores else _kept(outputs)
-    for logger in build_loggers(build(cfg.logger), run.directory, run):
-        logger.log_metrics(metrics, step=0)
-        logger.finalize("success")
+    _track(build(cfg.logger), metrics, run)
     return Outcome(metrics=metrics, artifacts=paths, objective=metrics.get("serve/kl_vs_full"))
+
+
+def _track(config: LoggerConfig, metrics: dict[str, float], run: Run) -> None:
+    # One row of CSV would repeat summary.json, and the loggers' import costs seconds.
+    if "wandb" in config.kinds:
+        for logger in build_loggers(config, run.directory, run):
+            logger.log_metrics(metrics, step=0)
+            logger.finalize("success")
 
 
 def _corpus(cfg: DictConfig, bundle: Bundle, settings: GenerateConfig) -> Corpus | None:
