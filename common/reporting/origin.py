@@ -39,7 +39,7 @@ def _speeds(story: Story) -> str:
     ]
     found = [(label, story.metric(name), unit) for label, name, unit in names]
     rows = [
-        [label, f"{number(value)} {escape(unit)}"]
+        (label, f"{number(value)} {escape(unit)}")
         for label, value, unit in found
         if value is not None
     ]
