@@ -67,7 +67,7 @@ METRICS: dict[str, str] = {
     "solve/iterations": "Iterations",
     "solve/evals": "Operator evaluations",
     "solve/seconds": "Time to solve, seconds",
-    "compress/removed_fraction": "Share of the parameters removed",
+    "compress/removed_fraction": "Share of the MLP parameters removed",
     "compress/params": "Parameters after pruning",
     "compress/params_before": "Parameters before pruning",
     "compress/bundle_bytes": "Size of the weight file after pruning over before, factor",

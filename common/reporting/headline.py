@@ -41,9 +41,9 @@ def _pruning_card(story: Story) -> str:
     if removed is None:
         return ""
     after = story.metric("compress/val_bits_per_byte")
-    before = story.metric("train/val_bits_per_byte")
+    before = story.metric("compress/val_bits_per_byte_before")
     loss = f"{number(before)} &rarr; {number(after)} bits/byte" if before is not None else ""
-    return card("Parameters removed", percent(removed), "", loss, "measured")
+    return card("MLP parameters removed", percent(removed), "", loss, "measured")
 
 
 def _deviation_card(story: Story) -> str:

@@ -75,7 +75,9 @@ pre { background:var(--tint); border-radius:8px; padding:11px 13px; margin:6px 0
 dl { display:grid; grid-template-columns:max-content 1fr; gap:5px 22px; margin:14px 0 0;
   font-size:14px } dt { color:var(--muted) } dd { margin:0; min-width:0 }
 details { margin-top:14px } summary { cursor:pointer; color:var(--muted); font-size:14px }
-.foot { font-size:13px; margin-top:52px; border-top:1px solid var(--grid); padding-top:14px }
+sup { line-height:0 }
+.foot { max-width:none; font-size:13px; margin-top:52px; border-top:1px solid var(--grid);
+  padding-top:14px }
 @media (max-width:560px) { main { padding:28px 16px 48px } dl { grid-template-columns:1fr; gap:0 }
   dd { margin-bottom:8px } }
 @media print { body { background:#fff } figure, .card { break-inside:avoid } }

@@ -29,13 +29,13 @@ def pruning(story: Story) -> str:
 
 def _quality(story: Story, points: list[dict[str, Any]], removed: list[float]) -> str:
     bits = [point.get("val_bits_per_byte") for point in points]
-    before = story.metric("train/val_bits_per_byte")
+    before = story.metric("compress/val_bits_per_byte_before")
     series = [Series(label="pruned model", x=removed, y=bits, tone="measured", markers=True)]
     level = None if before is None else ("before pruning", before)
-    chart = line_chart(series, "parameters removed, %", "bits per byte", level=level)
+    chart = line_chart(series, "MLP parameters removed, %", "bits per byte", level=level)
     caption = (
-        f"<b>Quality.</b> {kind('measured')} Validation loss of the really smaller model, without "
-        "any training after pruning."
+        f"<b>Quality.</b> {kind('measured')} Validation loss of the really smaller model, before "
+        "and after on the same text, without any training after pruning."
     )
     return figure(key(series) + chart, caption)
 
@@ -60,7 +60,9 @@ def _deviation(points: list[dict[str, Any]], removed: list[float]) -> str:
             f" {kind('estimate')} Semi-empirical: measured change of each block, amplified by the "
             "proved constants of the blocks after it."
         )
-    chart = line_chart(series, "parameters removed, %", "RMS of the logits, log scale", log_y=True)
+    chart = line_chart(
+        series, "MLP parameters removed, %", "RMS of the logits, log scale", log_y=True
+    )
     return figure(key(series) + chart, caption)
 
 
@@ -68,9 +70,13 @@ def _chosen(story: Story, stage: StageRun | None) -> str:
     metrics = stage.metrics if stage else {}
     rows = [
         ("Parameters", "compress/params", number, "measured"),
+        ("Parameters before", "compress/params_before", number, "measured"),
         ("Weight file, of the dense one", "compress/bundle_bytes", percent, "measured"),
         ("MLP speed-up", "compress/mlp_speedup", _times, "measured"),
-        ("Bits per byte", "compress/val_bits_per_byte", lambda v: number(v, 4), "measured"),
+        ("Bits per byte", "compress/val_bits_per_byte", _fine, "measured"),
+        ("Bits per byte before", "compress/val_bits_per_byte_before", _fine, "measured"),
+        ("Most likely token unchanged", "compress/top1_agreement", percent, "measured"),
+        ("Most likely token proved unchanged", "compress/certified_top1", percent, "proved"),
         ("Certified deviation, RMS", "compress/certified_deviation", number, "proved"),
         ("Measured deviation, RMS", "compress/measured_deviation", number, "measured"),
         ("Bound of the pruned model", "compress/cert/tightened", number, "proved"),
@@ -85,6 +91,10 @@ def _chosen(story: Story, stage: StageRun | None) -> str:
         if name in values
     ]
     return table(["The pruned model in the bundle", "", "value"], shown, text_columns=2)
+
+
+def _fine(value: float) -> str:
+    return number(value, 4)
 
 
 def _times(value: float) -> str:

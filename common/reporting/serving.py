@@ -28,6 +28,7 @@ def cache(story: Story) -> str:
     points = stage.json("kv_frontier.json") if stage else None
     if not isinstance(points, list) or not points:
         return section(title, lead, missing("No cache figures: generate has not finished."))
+    points = sorted(points, key=lambda point: (str(point["policy"]), point.get("budget") or 0))
     charts = [chart for chart in (_divergence(points), _deviation(points)) if chart]
     return section(title, lead, figures(*charts) if charts else "", _cache_table(points))
 
@@ -41,7 +42,10 @@ def _divergence(points: list[dict[str, Any]]) -> str:
         "the same positions; lower is closer. Below each budget: the share of the full cache's "
         "entries that are kept."
     )
-    chart = line_chart(series, _BUDGET, "KL divergence, nats", ticks=_ticks(points))
+    values = [value for one in series for value in one.y if value]
+    log_y = len(values) > 0 and max(values) > 30 * min(values)
+    label = "KL divergence, nats" + (", log scale" if log_y else "")
+    chart = line_chart(series, _BUDGET, label, log_y=log_y, ticks=_ticks(points))
     return figure(key(series) + chart, caption)
 
 
@@ -62,14 +66,17 @@ def _deviation(points: list[dict[str, Any]]) -> str:
 
 
 def _budgets(points: list[dict[str, Any]]) -> list[float]:
-    found = {point["budget"] for point in points if point.get("budget") is not None}
-    return sorted(found)
+    return sorted({point["budget"] for point in _compressed(points)})
+
+
+def _compressed(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [p for p in points if p["policy"] != "full" and p.get("budget") is not None]
 
 
 def _ticks(points: list[dict[str, Any]]) -> list[str]:
     labels = []
     for budget in _budgets(points):
-        kept = [p.get("kept_fraction") for p in points if p.get("budget") == budget]
+        kept = [p.get("kept_fraction") for p in _compressed(points) if p["budget"] == budget]
         shares = [100 * share for share in kept if share is not None]
         low, high = min(shares, default=0.0), max(shares, default=0.0)
         text = f"{low:.0f} %" if high - low < 1 else f"{low:.0f} to {high:.0f} %"
@@ -81,11 +88,11 @@ def _by_policy(
     points: list[dict[str, Any]], field: str, suffix: str = "", *, dashed: bool = False
 ) -> list[Series]:
     budgets = _budgets(points)
-    names = dict.fromkeys(str(p["policy"]) for p in points if p.get("budget") is not None)
+    names = dict.fromkeys(str(p["policy"]) for p in _compressed(points))
     series = []
     for name, tone in zip(names, SERIES_TONES, strict=False):
-        own = [p for p in points if str(p["policy"]) == name and p.get(field) is not None]
-        own = sorted((p for p in own if p.get("budget") is not None), key=lambda p: p["budget"])
+        own = [p for p in _compressed(points) if str(p["policy"]) == name]
+        own = sorted((p for p in own if p.get(field) is not None), key=lambda p: p["budget"])
         x, y = [float(budgets.index(p["budget"])) for p in own], [p[field] for p in own]
         if x:
             label = f"{name}{suffix}"
@@ -100,6 +107,8 @@ def _cache_table(points: list[dict[str, Any]]) -> str:
         ("KL, nats", "kl_vs_full", number),
         ("measured deviation", "measured_deviation", number),
         ("certified deviation", "certified_deviation", number),
+        ("same top token", "top1_agreement", percent),
+        ("proved same", "certified_top1", percent),
         ("tokens/s", "tokens_per_s", number),
     ]
     used = [column for column in columns if any(p.get(column[1]) is not None for p in points)]
