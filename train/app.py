@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from common.bundle import save_bundle
 from common.config import build
 from common.corpus import Corpus, prepare_corpus
+from common.files import write_json
 from common.models import LipschitzTransformer, ModelConfig
 from common.runs import Outcome, Run, hydra_command
 from common.tracking import build_loggers
@@ -196,6 +197,7 @@ def _outcome(
     objective = metrics["train/val_bits_per_byte"]
     if not trainer.is_global_zero:
         return Outcome(metrics=metrics, objective=objective)
+    write_json(run.directory / "corpus.json", corpus.describe())
     bundle = run.directory / "bundle"
     save_bundle(bundle, model, corpus.tokenizer, command=" ".join(["lipllm", *sys.argv[1:]]))
     artifacts = {"bundle": bundle}
