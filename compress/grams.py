@@ -7,7 +7,7 @@ Letters: B sequences, T tokens, C width, I inputs of the pruned map, M rows (tok
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -148,15 +148,29 @@ class Calibration:
         self.streams = [block(x_BTC) for x_BTC in self.streams]
 
     @torch.no_grad()
-    def moments(self, inputs: Callable[[Tensor], Tensor], width: int) -> tuple[Moments, Moments]:
+    def moments(
+        self,
+        inputs: Callable[[Tensor], Tensor],
+        width: int,
+        *,
+        block: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Moments, Moments]:
         """Return the statistics of ``inputs(stream)``: fitted part and held-out part.
 
         With nothing held out both are the fitted part.
+
+        Args:
+            inputs: From a stream (B, T, C) to rows (B, T, width).
+            width: Length of a row.
+            block: If given, every stream is replaced by ``block(stream, rows)`` on the way.
         """
         device = self.streams[0].device
         fitted, held = Moments(width, device), Moments(width, device)
         for index, x_BTC in enumerate(self.streams):
-            (fitted if index < self.fitted else held).update(inputs(x_BTC))
+            rows_BTI = inputs(x_BTC)
+            (fitted if index < self.fitted else held).update(rows_BTI)
+            if block is not None:
+                self.streams[index] = block(x_BTC, rows_BTI)
         if fitted.count < ROWS_PER_INPUT * width:
             log.warning(
                 "%d calibration tokens for %d inputs: the fit is unreliable below %d; "
@@ -168,24 +182,28 @@ class Calibration:
         return fitted, held if held.count else fitted
 
 
-def collect(
-    model: Any, calibration: Calibration, layers: Sequence[int] | None = None
-) -> Iterator[tuple[int, Moments, Moments]]:
+def collect(model: Any, calibration: Calibration) -> Iterator[tuple[int, Moments, Moments]]:
     """Walk the dense model once and yield the statistics of every MLP's down projection.
 
     Args:
         model: Transformer.
-        calibration: Fresh streams; they end up at the last visited layer.
-        layers: Layers of interest; all of them by default.
+        calibration: Fresh streams; they end up after the last attention block.
 
     Yields:
         Layer index, fitted and held-out statistics.
     """
-    wanted = range(len(model.layers)) if layers is None else layers
     for index, layer in enumerate(model.layers):
         calibration.apply(layer.attend_block)
-        if index in wanted:
-            fitted, held = calibration.moments(layer.mlp.hidden, layer.mlp.down.in_features)
-            yield index, fitted, held
-        if index + 1 < len(model.layers):
-            calibration.apply(layer.mlp_block)
+        is_last = index + 1 == len(model.layers)
+        fitted, held = calibration.moments(
+            layer.mlp.hidden,
+            layer.mlp.down.in_features,
+            block=None if is_last else _finish_block(layer),
+        )
+        yield index, fitted, held
+
+
+def _finish_block(layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the MLP block for hidden activations that are already known."""
+    a = layer.layer.mlp_residual
+    return lambda x_BTC, rows_BTI: (1 - a) * x_BTC + a * layer.mlp.down(rows_BTI)

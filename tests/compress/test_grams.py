@@ -79,11 +79,15 @@ def test_collect_sees_what_enters_each_down_projection(make_model):
     model = make_model("maxmin")
     tokens_BT = torch.arange(40).reshape(5, 8) % 11
     seen: dict[int, torch.Tensor] = {}
-    for index, layer in enumerate(model.layers):
+    hooks = [
         layer.mlp.down.register_forward_pre_hook(
             lambda module, args, index=index: seen.__setitem__(index, args[0].detach())
         )
+        for index, layer in enumerate(model.layers)
+    ]
     model(tokens_BT)
+    for hook in hooks:
+        hook.remove()
     calibration = Calibration(model, tokens_BT, holdout=0.4, batch_tokens=16)
     for index, fitted, held in collect(model, calibration):
         x_MI = seen.pop(index)
@@ -98,7 +102,7 @@ def test_too_few_tokens_warn(make_model, caplog):
     model = make_model()
     calibration = Calibration(model, torch.zeros(2, 8, dtype=torch.long), holdout=0.0)
     with caplog.at_level(logging.WARNING):
-        list(collect(model, calibration, layers=[0]))
+        list(collect(model, calibration))
     assert "16 calibration tokens for 32 inputs" in caplog.text
 
 
