@@ -12,6 +12,7 @@ from common.bundle import Bundle, load_bundle
 from common.bundle_format import WEIGHTS
 from common.config import build
 from common.corpus import Corpus, prepare_corpus
+from common.device import resolve_device
 from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
 from compress.frontier import frontier_point, frontier_points
@@ -38,7 +39,7 @@ def compress(cfg: DictConfig, run: Run) -> Outcome:
         LipError: for anything the user can correct.
     """
     settings: CompressConfig = build(cfg.compress, seed=cfg.seed)
-    bundle = load_bundle(cfg.bundle, device=_device(cfg.device))
+    bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
     certificate = require_certificate(bundle)
     check_model(bundle.config, settings)
     corpus = prepare_corpus(build(cfg.data), bundle.tokenizer)
@@ -118,12 +119,6 @@ def _metrics(
 
 def _weight_bytes(path: Path) -> int:
     return (path / WEIGHTS).stat().st_size
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 main = hydra_command("compress", compress)

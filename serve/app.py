@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from common.bundle import Bundle, load_bundle
 from common.config import build, one_of
 from common.corpus import Corpus, prepare_corpus
+from common.device import resolve_device
 from common.errors import BundleError, DataError
 from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
@@ -51,7 +51,7 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
     policy: Policy = build(cfg.kv)
     params: SamplingParams = build(cfg.sampling)
     engine: EngineConfig = build(cfg.engine)
-    bundle = load_bundle(cfg.bundle, device=_device(cfg.device))
+    bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
     compressed = LLM(bundle, kv=policy, engine=engine)
     full = LLM(bundle, engine=engine)
     corpus = _corpus(cfg, bundle, settings)
@@ -227,12 +227,6 @@ def _show(samples: list[dict[str, str]], policy: Policy) -> None:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "." for c in text)
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 main_calibrate = hydra_command("calibrate", calibrate)

@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Iterable
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from common.bundle import Bundle, extend_bundle, load_bundle
 from common.config import build
 from common.corpus import prepare_corpus
+from common.device import resolve_device
 from common.errors import BundleError
 from common.runs import Outcome, Run
 from serve.kv.calibrate import (
@@ -39,7 +39,7 @@ def calibrate(cfg: DictConfig, run: Run) -> Outcome:
         LipError: for anything the user can correct.
     """
     settings: CalibrateConfig = build(cfg.calibrate)
-    bundle = load_bundle(cfg.bundle, device=_device(cfg.device))
+    bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
     if bundle.kind != "transformer":
         raise BundleError(f"{bundle.path}: a {bundle.kind} has no KV cache; give a language model")
     corpus = prepare_corpus(build(cfg.data), bundle.tokenizer)
@@ -83,9 +83,3 @@ def _batches(tokens_WT: Tensor, settings: CalibrateConfig) -> Iterable[Tensor]:
 
     batches = tokens_WT.split(settings.batch)
     return track(batches, description="calibrate", disable=not sys.stdout.isatty(), transient=True)
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

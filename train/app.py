@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from common.bundle import save_bundle
 from common.config import build
 from common.corpus import Corpus, prepare_corpus
+from common.device import resolve_device
 from common.files import write_json
 from common.models import LipschitzTransformer, ModelConfig
 from common.runs import Outcome, Run, hydra_command
@@ -22,7 +23,7 @@ from train.data import TokenDataModule
 from train.evaluate import bits_per_byte, evaluate, reference_windows
 from train.groups import Constraint, OptimConfig, parameter_groups
 from train.init import initialise, initialise_biases
-from train.loop import build_trainer, quiet, resolve_device
+from train.loop import build_trainer, quiet
 from train.module import LipschitzModule
 from train.probes import matrix_norms, naive_certificate
 from train.schedules import Schedule
@@ -102,7 +103,7 @@ def read_settings(cfg: DictConfig) -> Settings:
     Raises:
         ConfigError: for the first impossible value.
     """
-    resolve_device(cfg.device, 1)
+    resolve_device(cfg.device)
     return Settings(
         seed=cfg.seed,
         device=cfg.device,

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-import torch
 
-from common.errors import ConfigError
+from common.device import resolve_device
 from train.settings import TrainerConfig
 
 
@@ -18,7 +17,7 @@ def build_trainer(
     loop: TrainerConfig, device: str, callbacks: list[L.Callback], loggers: list[Any]
 ) -> L.Trainer:
     """Return the Lightning trainer of a configuration; it counts optimizer steps, not epochs."""
-    accelerator, devices = resolve_device(device, loop.devices)
+    accelerator, devices = accelerator_and_devices(device, loop.devices)
     return L.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -43,20 +42,14 @@ def build_trainer(
     )
 
 
-def resolve_device(device: str, devices: int | str) -> tuple[str, int | str | list[int]]:
+def accelerator_and_devices(device: str, devices: int | str) -> tuple[str, int | str | list[int]]:
     """Return Lightning's accelerator and devices for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         ConfigError: for another name, or CUDA where there is none.
     """
-    kind, _, index = device.partition(":")
-    if kind == "auto":
-        return "auto", devices
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ConfigError(f"device={device}: expected auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device}: no CUDA device is available; use device=auto")
-    return kind, [int(index)] if index else devices
+    kind, _, index = resolve_device(device).partition(":")
+    return ("auto" if device == "auto" else kind), [int(index)] if index else devices
 
 
 @contextmanager
