@@ -96,7 +96,7 @@ def build_loggers(config: LoggerConfig, directory: Path, run: Any) -> list[Any]:
     """
     loggers: list[Any] = []
     if "csv" in config.kinds:
-        from common.metrics_file import MetricsLogger
+        from common.metrics_logger import MetricsLogger
 
         loggers.append(MetricsLogger(directory, keep=run.resumed))
     if "wandb" in config.kinds:

@@ -183,6 +183,18 @@ def test_triton_stays_in_the_kernels() -> None:
     assert all(name.startswith("serve/kernels/") for name in users)
 
 
+def test_lightning_stays_in_training() -> None:
+    """Oracle: importing Lightning takes longer than torch; only training may pay for it."""
+    named = {_name(path) for path in SOURCES if "lightning" in set(_imports(path))}
+    named = {name for name in named if not name.startswith("train/")}
+    assert named <= {"common/metrics_logger.py", "common/tracking.py"}
+    for path in SOURCES:
+        for node in _tree(path).body:
+            if isinstance(node, ast.ImportFrom) and not _name(path).startswith("train/"):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                assert "common.metrics_logger" not in {node.module, *names}, _name(path)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_optional_dependencies_are_imported_in_functions(path: Path) -> None:
     """Oracle: the statements outside functions; kernel modules are triton's own place."""

@@ -9,7 +9,8 @@ from common import tracking
 from common.config import build
 from common.errors import BackendError, ConfigError
 from common.ledger import Run
-from common.metrics_file import MetricsLogger, read_metrics
+from common.metrics_file import read_metrics
+from common.metrics_logger import MetricsLogger
 from common.tracking import DASHBOARD, FAMILIES, METRICS, LoggerConfig, build_loggers, check_name
 
 # The interface of design.md 2.3: programs outside this repository read these names.
