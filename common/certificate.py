@@ -158,7 +158,9 @@ class Certificate:
                 raise CertificateError(
                     f"deviation {delta} of block {block.index}: expected a finite number >= 0"
                 )
-            error = round_up(block.tightened * error + delta)
+            moved = round_up(block.tightened * error + delta)
+            # A small but positive error must not vanish by underflow.
+            error = max(moved, TINY) if error or delta else 0.0
         return round_up(error * self.head_norm / math.sqrt(self.vocab_size))
 
     @staticmethod
@@ -214,10 +216,20 @@ class Certificate:
 
 
 def product_up(factors: Sequence[float]) -> float:
-    """Return the product of non-negative factors, rounded up; never 0 unless a factor is."""
+    """Return the product of non-negative factors, rounded up; never 0 unless a factor is.
+
+    Exponents are summed apart: a partial product may leave the range that the whole one is in.
+    """
     if any(factor == 0 for factor in factors):
         return 0.0
-    return max(math.prod(factors) * (1 + SLACK), TINY)
+    mantissa, exponent = 1.0 + SLACK, 0
+    for factor in factors:
+        mantissa, shift = math.frexp(mantissa * math.frexp(factor)[0])
+        exponent += shift + math.frexp(factor)[1]
+    try:
+        return max(math.ldexp(mantissa, exponent), TINY)
+    except OverflowError:
+        return math.inf
 
 
 def log10_up(factors: Sequence[float]) -> float:

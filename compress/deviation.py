@@ -231,7 +231,9 @@ def _norm_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> float:
     hidden_F = apply(rest_F, layer)
     value_C = down_CF @ hidden_F + tensors["down.bias"]
     size_C = down_CF.abs() @ (hidden_F.abs() + rest_F.abs()) + tensors["down.bias"].abs()
-    rounding = (PHI_ERROR + 2 * gamma(down_CF.shape[1] + 8)) * float(size_C.norm())
+    rounding = (PHI_ERROR / min(1.0, layer.gelu_divisor) + 2 * gamma(down_CF.shape[1] + 8)) * float(
+        size_C.norm()
+    )
     return round_up(float(value_C.norm()) + rounding)
 
 

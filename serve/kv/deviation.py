@@ -191,6 +191,9 @@ def log_mass_bound(
     count = summary.count[:, :, None]
     middle = constants.scale * q_RKGD @ summary.key_centre.mT
     spread = constants.scale * q_RKGD.norm(dim=-1)[..., None] * summary.key_radius[:, :, None]
+    # The rounding of q.c and of a centre is relative to sizes, not to a product that may cancel.
+    size = constants.scale * q_RKGD.norm(dim=-1)[..., None]
+    size = size * summary.key_centre.norm(dim=-1)[:, :, None]
     squared = torch.minimum(spread, spread.square() / 2)
     if constants.bias is None:
         total, worst = count.log().expand_as(middle), torch.zeros_like(middle)
@@ -198,7 +201,7 @@ def log_mass_bound(
         total, worst = _bias_mass(summary, constants, positions_R)
     bound = middle + torch.minimum(total + spread, count.log() + worst + squared)
     # An empty cluster has log 0 = -inf, which outward rounding must not touch.
-    slack = OUTWARD * (1 + middle.abs() + spread + bound.abs().nan_to_num(posinf=0.0))
+    slack = OUTWARD * (1 + size + spread + bound.abs().nan_to_num(posinf=0.0))
     return torch.where(count > 0, bound + slack, -torch.inf)
 
 

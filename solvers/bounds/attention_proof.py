@@ -104,6 +104,13 @@ def attention_bound(
 
     (value, query and key path) for unit dx and x. Every product is split by a multiplier.
 
+    Query path: RoPE makes ``a_j = Wk^T Rot_j w``, ``w = Wq dx``, differ per key, but all have
+    ``|a_j| <= p = |Wk||w|`` and ``|a_j.b| <= |Wk b||w|``. Subtracting the mean of ``b.x`` only
+    lowers its second moment, so ``cov(a_j.x_j, b.x_j)^2 <= E(a_j.x_j)^2 E(b.x_j)^2``. With
+    ``t = |b| / p``, the root of that is at most ``E(t (a_j.x_j)^2 + (b.x_j)^2 / t) / 2``; each
+    term is a form in x_j with top eigenvalue at most ``p |b| + max|a_j.b|``, and ``|x_j| <= R``.
+    Key path: ``|ds_j| <= |Wk||Wq x_i|`` and ``var(b.x) <= R^2 |b|^2``, by Cauchy-Schwarz.
+
     Args:
         heads: From ``split_heads``.
         layer: Head counts and softmax scale.

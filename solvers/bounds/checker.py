@@ -33,6 +33,7 @@ from common.certificate import (
 )
 from common.errors import CertificateError, LipError
 from common.models import LayerConfig, LipschitzTransformer, ModelConfig
+from common.norms import exact64
 from solvers.bounds.attention_proof import prove_attention
 from solvers.bounds.head_proof import domain_radius, head_norms
 from solvers.bounds.mlp_proof import BlockBound, prove_mlp
@@ -41,6 +42,10 @@ STORED_MARGIN = 1e-10
 """Relative amount a certifier adds to what is proved here, so that another machine agrees."""
 
 MULTIPLIER_RANGE = (1e-100, 1e100)
+
+WEIGHT_RANGE = (1e-75, 1e75)
+"""Sizes of nonzero weights for which no product in a proof underflows; holds all of float32."""
+
 _BLOCK_FIELDS = ("naive", "tightened", "radius_out", "naive_radius_out")
 
 
@@ -122,6 +127,22 @@ def _check_multipliers(multipliers: Mapping[str, Tensor], layer: LayerConfig, in
             )
 
 
+def check_weights(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights for which the proofs would not hold: NaN, infinity, or products underflow.
+
+    Raises:
+        CertificateError: naming the tensor.
+    """
+    low, high = WEIGHT_RANGE
+    for name, tensor in tensors.items():
+        size = exact64(tensor).abs()
+        if name.endswith(".weight") and bool(((size > high) | ((size > 0) & (size < low))).any()):
+            raise CertificateError(
+                f"weight tensor {name}: expected entries that are 0 or of size {low:g} to "
+                f"{high:g}; rescale it, or set smaller entries to 0"
+            )
+
+
 def check(
     config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
 ) -> VerifyReport:
@@ -137,6 +158,7 @@ def check(
     )
     if config_sha256(config) != certificate.config_sha256:
         raise CertificateError("model configuration: differs from the certified one (config hash)")
+    check_weights(tensors)
     _check_header(config, certificate)
     _at_least("radius", certificate.radius, domain_radius(tensors["embedding.weight"]))
     margin, radius, naive_radius = STORED_MARGIN, certificate.radius, certificate.radius
@@ -257,6 +279,9 @@ def _check_block(
     )
     for name in _BLOCK_FIELDS:
         _at_least(f"block {block.index} {name}", getattr(block, name), getattr(proved, name))
+    # Only so is the naive bound, proved on its own ball, a bound on the ball of radius_in too.
+    place = f"block {block.index} naive_radius_out (against radius_out)"
+    _at_least(place, block.naive_radius_out, block.radius_out)
     attack = block.components.get("attack", 0.0)
     _at_least(f"block {block.index} tightened (against attack)", block.tightened, attack)
     _at_least(f"block {block.index} naive (against tightened)", block.naive, block.tightened)
@@ -276,6 +301,8 @@ def _check_totals(
         stored = getattr(certificate, f"log10_{which}")
         _at_least(f"log10_{which}", stored, log10 - 1e-13 * (1 + abs(log10)))
     _at_least("naive (against tightened)", certificate.naive, certificate.tightened, infinite=True)
+    if certificate.reference_sound:
+        _at_least("reference", certificate.reference, certificate.tightened, infinite=True)
     if certificate.attack is not None:
         _at_least("tightened (against attack)", certificate.tightened, certificate.attack)
 
@@ -292,8 +319,11 @@ def chain(certificate: Certificate, which: str) -> list[float]:
     return [*blocks, certificate.head_norm, ratio]
 
 
-def _at_least(name: str, stored: Any, proved: float, *, infinite: bool = False) -> None:
-    is_number = isinstance(stored, (int, float)) and not isinstance(stored, bool)
+def _at_least(name: str, stored: Any, proved: Any, *, infinite: bool = False) -> None:
+    # JSON may hold anything, among them integers beyond the range of floats.
+    is_number = all(
+        type(x) is float or (type(x) is int and abs(x) < 2**1023) for x in (stored, proved)
+    )
     if not is_number or math.isnan(stored) or (math.isinf(stored) and not infinite):
         raise CertificateError(f"{name}={stored!r}: expected a finite number; certify again")
     if not stored >= proved:

@@ -146,5 +146,8 @@ def _norm_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> float:
     down_CF = exact64(tensors["down.weight"])
     hidden_F = apply(up_F, layer)
     size_C = down_CF.abs() @ (hidden_F.abs() + up_F.abs()) + down_C.abs()
-    rounding = (PHI_ERROR + 2 * gamma(down_CF.shape[1] + 8)) * float(size_C.norm())
+    # Where a GELU cancels to nearly 0, its error is relative to the argument over the divisor.
+    rounding = (PHI_ERROR / min(1.0, layer.gelu_divisor) + 2 * gamma(down_CF.shape[1] + 8)) * float(
+        size_C.norm()
+    )
     return round_up(float((down_CF @ hidden_F + down_C).norm()) + rounding)

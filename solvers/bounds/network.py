@@ -30,6 +30,7 @@ from solvers.bounds.checker import (
     MULTIPLIER_RANGE,
     STORED_MARGIN,
     chain,
+    check_weights,
     most_heads,
     prove_block,
 )
@@ -79,10 +80,11 @@ def certify(
         A certificate that ``verify`` accepts for exactly these weights.
 
     Raises:
-        CertificateError: if a weight is NaN or infinite.
+        CertificateError: if a weight is NaN, infinite, or beyond ``checker.WEIGHT_RANGE``.
     """
     settings = settings or TightenSettings()
     config, tensors = model.config, _state(model)
+    check_weights(tensors)
     radius = naive_radius = model.domain_radius()
     references, ends = reference_constants(config, tensors)
     blocks: list[BlockProof] = []

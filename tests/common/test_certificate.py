@@ -163,3 +163,13 @@ def test_chain_arithmetic_rounds_up() -> None:
     assert product_up([1e-200, 1e-200]) > 0
     assert product_up([0.0, 1e300, 1e300]) == 0.0
     assert log10_up([1e300, 1e300]) == pytest.approx(600.0, rel=REL)
+
+
+def test_products_survive_an_underflow_on_the_way() -> None:
+    """Oracle: exact exponents; a partial product of 1e-400 must not shrink the whole one."""
+    assert 1.0 <= product_up([1e-200, 1e-200, 1e200, 1e200]) <= 1 + REL
+    assert 1.0 <= product_up([1e200, 1e200, 1e-200, 1e-200]) <= 1 + REL
+    assert product_up([1e300, 1e300]) == math.inf
+    blocks = [dataclasses.replace(b, tightened=1e-300) for b in _certificate().blocks]
+    certificate = _certificate(blocks=tuple(blocks))
+    assert certificate.logit_deviation([1e-300, 0.0, 0.0, 0.0]) > 0

@@ -239,3 +239,57 @@ def test_a_model_needs_its_certificate(build_model: BuildModel) -> None:
     """Oracle: the contract."""
     with pytest.raises(CertificateError, match="beside the model"):
         verify(build_model(**TINY_MODEL))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_biases_that_spoil_the_softmax_are_refused(build_model: BuildModel, value: float) -> None:
+    """Oracle: with such a bias the model's output is NaN, which no constant bounds."""
+    model = build_model(**TINY_MODEL, position_bias=True)
+    certificate = certify(model)
+    model.layers[0].attention.position_bias.data.fill_(value)
+    with pytest.raises(CertificateError, match="NaN or infinity"):
+        certify(model)
+    hashes = tensors_sha256(model.state_dict())
+    with pytest.raises(CertificateError, match="NaN or infinity"):
+        verify(model, dataclasses.replace(certificate, weights_sha256=hashes))
+
+
+def test_scales_at_which_a_product_underflows_are_refused(build_model: BuildModel) -> None:
+    """Oracle: the same map at other scales; its value Gram underflows, so tau was proved 0."""
+    model = build_model(**TINY_MODEL)
+    certificate, attention = certify(model), model.layers[0].attention
+    attention.value.weight.data = attention.value.weight.data.double() * 1e-170
+    attention.output.weight.data = attention.output.weight.data.double() * 1e170
+    hashes = tensors_sha256(model.state_dict())
+    with pytest.raises(CertificateError, match=r"attention\.value\.weight: expected"):
+        verify(model, dataclasses.replace(certificate, weights_sha256=hashes))
+
+
+def test_a_naive_ball_inside_the_tightened_one_is_refused(
+    proof: tuple[LipschitzTransformer, Certificate],
+) -> None:
+    """Oracle: ``tightened`` may be the naive bound, which holds on the naive ball alone."""
+    model, certificate = proof
+    grown = certificate.blocks[0].naive_radius_out * 2
+    with pytest.raises(CertificateError, match="block 0 naive_radius_out"):
+        verify(model, _with_block(certificate, 0, radius_out=grown))
+
+
+def test_a_reference_called_sound_must_reach_the_proof(build_model: BuildModel) -> None:
+    """Oracle: a number below the proved bound is not shown to be one."""
+    model = build_model(**TINY_MODEL | {"heads": 1})
+    certificate = certify(model)
+    below = certificate.tightened / 2
+    with pytest.raises(CertificateError, match=r"^reference="):
+        verify(model, dataclasses.replace(certificate, reference=below, reference_sound=True))
+
+
+@pytest.mark.parametrize("bad", ["x", 10**400])
+def test_foreign_json_numbers_are_refused_in_one_line(
+    proof: tuple[LipschitzTransformer, Certificate], bad: Any
+) -> None:
+    """Oracle: the contract: bad input is a CertificateError, never a TypeError."""
+    model, certificate = proof
+    for name in ("attack", "tightened"):
+        with pytest.raises(CertificateError, match=f"{name}"):
+            verify(model, dataclasses.replace(certificate, **{name: bad}))
