@@ -205,7 +205,18 @@ def _run_directory(command: str, *, _root_: DictConfig) -> str:
         return str(unfinished)
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     names = [stamp, *(f"{stamp}-{count}" for count in range(1, 1000))]
-    return str(next(parent / name for name in names if not (parent / name).exists()))
+    return str(next((parent / name for name in names if _is_new(parent / name)), parent / stamp))
+
+
+def _is_new(directory: Path) -> bool:
+    """Make the directory, so that no other process can choose it; an unwritable place is "new"."""
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # Hydra makes it next and says what is wrong
+    return True
 
 
 def _known_part(root: DictConfig) -> dict[str, Any]:

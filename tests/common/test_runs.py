@@ -8,10 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from common.cli import COMMANDS
 from common.errors import DataError
-from common.runs import Outcome, Run, hydra_command
+from common.runs import Outcome, Run, _run_directory, hydra_command
 
 Body = Callable[[Any, Run], Outcome]
 
@@ -267,3 +268,14 @@ def test_configuration_errors_are_one_line(
     assert done.err.count("\n") == 1
     assert text in done.err
     assert _directories() == []
+
+
+def test_two_runs_of_one_second_get_their_own_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a second process that chooses before the first has written anything."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    root = OmegaConf.create({"seed": 0})
+    chosen = [_run_directory("train", _root_=root) for _ in range(2)]
+    assert chosen == ["runs/train/now", "runs/train/now-1"]
