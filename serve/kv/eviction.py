@@ -65,7 +65,9 @@ class EvictionLedger:
 
     A block's deviation at a token is bounded from the summary of its evicted keys; because the
     certificate's norm is the largest over tokens, each sequence carries the running maximum per
-    layer. The statement is about real arithmetic on the stored weights and cached values.
+    layer. The statement is about real arithmetic on the stored weights and cached values; of the
+    kernel's rounding only ``ROUNDINGS`` units of its results are allowed for, not the cancellation
+    inside a dot product, and the rounding of the other blocks is left out.
 
     Args:
         model: The served model.
