@@ -1,0 +1,124 @@
+"""Decoding with a 10M model: against transformers' generate, and full against compressed cache."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from common.models import LipschitzTransformer
+from serve import EngineConfig, SamplingParams
+from serve.engine.engine import EngineCore
+from serve.kv import policy_by_name
+from serve.kv.calibrate import calibrate, layer_stats
+
+SHAPE = {"width": 384, "layers": 6, "heads": 6}
+PROMPT, NEW = 16, 96
+# At batch 1 and at batch 16; full cache over budget context / 8.
+FASTER = {1: 1.3, 16: 1.2}
+COMPRESSED = 2.5
+SHARE = 8
+STEPS = 16  # per round: as many as the policies' interval, so that each round has a compaction
+
+
+def _prompts(vocab: int, batch: int, length: int) -> list[list[int]]:
+    return torch.randint(vocab, (batch, length)).tolist()
+
+
+def _engine(model: LipschitzTransformer, prompts: list[list[int]], new: int, **options: Any) -> Any:
+    core = EngineCore(model, EngineConfig(max_num_seqs=max(len(prompts), 1)), **options)
+    for prompt in prompts:
+        core.add(prompt, SamplingParams(temperature=0.0, max_tokens=new))
+    return core
+
+
+def _transformers(parameters: int, vocab: int) -> Any:
+    """Return a Llama of the same width and depth with about as many parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=SHAPE["width"],
+        num_hidden_layers=SHAPE["layers"],
+        num_attention_heads=SHAPE["heads"],
+        intermediate_size=SHAPE["width"] * 8 // 3,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    assert abs(model.num_parameters() / parameters - 1) < 0.05
+    return model
+
+
+@pytest.mark.parametrize("batch", FASTER)
+def test_decode(bench: Any, timed: Callable, make_model: Callable, batch: int) -> None:
+    """Tokens per second of short greedy generations, prompt included."""
+    pytest.importorskip("transformers")
+    model = make_model(**SHAPE, context=1024).eval()
+    other = _transformers(model.num_parameters, model.config.vocab_size)
+    prompts = _prompts(model.config.vocab_size, batch, PROMPT)
+
+    @torch.inference_mode()
+    def ours() -> None:
+        core = _engine(model, prompts, NEW)
+        while core.has_work:
+            core.step()
+
+    def theirs() -> None:
+        ids = torch.tensor(prompts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = other.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=NEW,
+                max_new_tokens=NEW,
+            )
+        assert out.shape == (batch, PROMPT + NEW)
+
+    times = timed({"lipllm": ours, "transformers": theirs}, bench.rounds)
+    sizes = {"batch": batch, "prompt": PROMPT, "new": NEW, "parameters": model.num_parameters}
+    for name, measured in times.items():
+        rates = [batch * NEW / seconds for seconds in measured.cpu]
+        bench.add(f"serve: {name}, batch {batch}", rates, "token/s", **sizes)
+    ratios = [b / a for a, b in zip(times["lipllm"].cpu, times["transformers"].cpu, strict=True)]
+    name = f"serve: speed over transformers, batch {batch}"
+    bench.add(name, ratios, "ratio", least=FASTER[batch], **sizes)
+
+
+def test_compressed_cache(bench: Any, timed: Callable, make_model: Callable) -> None:
+    """Decode steps near the end of a long context, scoring and compaction included."""
+    model = make_model(**SHAPE, context=bench.long).eval()
+    new = STEPS * (bench.rounds + 2) + 1
+    prompts = _prompts(model.config.vocab_size, 1, bench.long - new)
+    text_BT = torch.randint(model.config.vocab_size, (4, min(bench.long, 512)))
+    stats = layer_stats(calibrate(model, [text_BT]), model.config)
+    engines = {"full": _engine(model, prompts, new)}
+    for name in ("window", "triattention"):
+        policy = policy_by_name(name, budget=bench.long // SHARE, interval=STEPS)
+        engines[name] = _engine(model, prompts, new, policy=policy, stats=stats)
+    for core in engines.values():
+        while not core.step():
+            pass
+    times = timed({name: _stepper(core) for name, core in engines.items()}, bench.rounds)
+    sizes = {"context": bench.long, "budget": bench.long // SHARE, "batch": 1, "steps": STEPS}
+    for name, measured in times.items():
+        rates = [STEPS / seconds for seconds in measured.cpu]
+        bench.add(f"serve: {name} cache at {bench.long}", rates, "token/s", **sizes)
+        if name != "full":
+            ratios = [a / b for a, b in zip(times["full"].cpu, measured.cpu, strict=True)]
+            label = f"serve: {name} over full cache at {bench.long}"
+            bench.add(label, ratios, "ratio", least=COMPRESSED, **sizes)
+
+
+def _stepper(core: EngineCore) -> Callable[[], None]:
+    @torch.inference_mode()
+    def steps() -> None:
+        for _ in range(STEPS):
+            assert core.step()
+
+    return steps
