@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_ROWS = 8192
 """Rows per float32 product: longer sums lose digits before they reach float64."""
-PANEL = 256
+PANEL = 128
 """Columns per panel: only panels on and above the diagonal are multiplied."""
 MAX_SKIPPED = 1e-3
 ROWS_PER_INPUT = 2

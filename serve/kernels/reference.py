@@ -21,12 +21,20 @@ def gather_pages(pool: Tensor, tables_RN: Tensor) -> Tensor:
     Returns:
         (R, K, N * block_size, ...) of the pool's dtype.
     """
-    rows, width = tables_RN.shape
-    blocks, heads, block_size, *rest = pool.shape
+    return _take_pages(pool, _page_index(tables_RN, pool.shape[1]))
+
+
+def _page_index(tables_RN: Tensor, heads: int) -> Tensor:
+    """Return the index (R, K, N) of every page in a pool flattened over blocks and heads."""
+    head_K1 = torch.arange(heads, device=tables_RN.device)[:, None]
+    return tables_RN.long().clamp(min=0)[:, None, :] * heads + head_K1
+
+
+def _take_pages(pool: Tensor, index_RKN: Tensor) -> Tensor:
+    rows, heads, width = index_RKN.shape
+    _, _, block_size, *rest = pool.shape
     # One row per (block, head) turns the gather into plain memory copies.
-    head_K = torch.arange(heads, device=pool.device)
-    index = (tables_RN.long().clamp(min=0)[:, None, :] * heads + head_K[:, None]).flatten()
-    pages = pool.view(blocks * heads, block_size, *rest).index_select(0, index)
+    pages = pool.view(-1, block_size, *rest).index_select(0, index_RKN.flatten())
     return pages.view(rows, heads, width * block_size, *rest)
 
 
@@ -79,24 +87,30 @@ def paged_decode(
     """Attend from one query per row to its cached slots; see ``dispatch``."""
     dtype = _accumulator(k_pool)
     rows, heads, width = q_RHD.shape
-    k_RKSD = gather_pages(k_pool, tables_RN).to(dtype)
-    v_RKSD = gather_pages(v_pool, tables_RN).to(dtype)
+    index_RKN = _page_index(tables_RN, k_pool.shape[1])
+    k_RKSD = _take_pages(k_pool, index_RKN).to(dtype)
+    v_RKSD = _take_pages(v_pool, index_RKN).to(dtype)
     kv_heads, slots = k_RKSD.shape[1:3]
     q_RKGD = q_RHD.to(dtype).view(rows, kv_heads, -1, width)
     z_RKGS = (q_RKGD * scale) @ k_RKSD.mT
     is_pad_RS = torch.arange(slots, device=k_pool.device) >= lengths_R[:, None]
     if bias_HT is not None:
-        pos_RKS = gather_pages(pos_pool, tables_RN)
+        pos_RKS = _take_pages(pos_pool, index_RKN)
         distance_RKS = positions_R[:, None, None] - pos_RKS.long()
         z_RKGS += _bias_at(bias_HT.to(dtype), distance_RKS, is_pad_RS)
-    z_RKGS.masked_fill_(is_pad_RS[:, None, None], -torch.inf)
-    lse_RKG = torch.logsumexp(z_RKGS, dim=-1)
-    # An empty row has lse = -inf; a finite stand-in keeps its weights at exactly zero.
-    weights_RKGS = (z_RKGS - lse_RKG.clamp(min=torch.finfo(dtype).min)[..., None]).exp_()
+    # Slots that every row fills need no mask; on a GPU finding them would cost a synchronisation.
+    first = int(lengths_R.min()) if rows and not k_pool.is_cuda else 0
+    is_pad_RS = is_pad_RS[:, first:]
+    z_RKGS[..., first:].masked_fill_(is_pad_RS[:, None, None], -torch.inf)
     # Stale slots may hold anything, NaN included; a zero weight alone would not silence them.
-    v_RKSD.masked_fill_(is_pad_RS[:, None, :, None], 0.0)
-    o_RKGD = weights_RKGS @ v_RKSD
-    return o_RKGD.reshape(rows, heads, width).to(q_RHD.dtype), lse_RKG.reshape(rows, heads)
+    v_RKSD[:, :, first:].masked_fill_(is_pad_RS[:, None, :, None], 0.0)
+    # An empty row has a maximum of -inf; a finite stand-in keeps its weights at exactly zero.
+    top_RKG1 = z_RKGS.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+    weights_RKGS = z_RKGS.sub_(top_RKG1).exp_()
+    total_RKG1 = weights_RKGS.sum(-1, keepdim=True)
+    o_RKGD = (weights_RKGS @ v_RKSD) / total_RKG1.clamp(min=torch.finfo(dtype).tiny)
+    lse_RKG1 = total_RKG1.log() + top_RKG1
+    return o_RKGD.reshape(rows, heads, width).to(q_RHD.dtype), lse_RKG1.reshape(rows, heads)
 
 
 def _bias_at(bias_HT: Tensor, distance_RKS: Tensor, is_pad_RS: Tensor) -> Tensor:
