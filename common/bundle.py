@@ -248,6 +248,11 @@ def resolve_bundle(name: str | Path) -> Path:
     Raises:
         BundleError: when there is none, saying what would help.
     """
+    if not isinstance(name, str | Path):
+        raise BundleError(
+            f"bundle={name}: expected a directory or a shipped model's name; give a folder that "
+            "lipllm train wrote (a number as ./5)"
+        )
     for candidate in (Path(name).expanduser().resolve(), SHIPPED.get(str(name))):
         for path in (candidate, candidate / "bundle") if candidate else ():
             files.recover_directory(path)

@@ -36,20 +36,34 @@ def build(node: Any, **overrides: Any) -> Any:
         while cause is not None and not isinstance(cause, LipError):
             cause = cause.__cause__
         if isinstance(cause, LipError):
-            raise cause from None
+            raise _named_by_key(cause, node) from None
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError("; ".join(lines[1:3] or lines)) from error
 
 
-def check_types(settings: Any) -> None:
+def _named_by_key(error: LipError, node: Any) -> LipError:
+    """Call a setting what the command line calls it, where a type error names its class."""
+    key = node._get_full_key("") if hasattr(node, "_get_full_key") else ""
+    name, text = f"{str(node.get('_target_')).rpartition('.')[2]}.", str(error)
+    if not key or not text.startswith(name):
+        return error
+    return type(error)(f"{key}.{text.removeprefix(name)}")
+
+
+def check_types(settings: Any, *, prefix: str | None = None) -> None:
     """Check the fields of a frozen dataclass against their annotations, converting int to float.
 
     Call it first in ``__post_init__``. Lists become tuples where a tuple is declared.
+
+    Args:
+        settings: The dataclass.
+        prefix: Put before a field's name in messages; the class and a dot when omitted.
 
     Raises:
         ConfigError: naming the field, its value and the declared type.
     """
     hints = get_type_hints(type(settings))
+    prefix = f"{type(settings).__name__}." if prefix is None else prefix
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         converted = _convert(value, hints[field.name])
@@ -57,9 +71,7 @@ def check_types(settings: Any) -> None:
             kind = getattr(hints[field.name], "__name__", None) or str(hints[field.name])
             if get_origin(hints[field.name]) is not None:
                 kind = str(hints[field.name]).replace("typing.", "")
-            raise ConfigError(
-                f"{type(settings).__name__}.{field.name}={value!r}: expected {kind}; correct it"
-            )
+            raise ConfigError(f"{prefix}{field.name}={value!r}: expected {kind}; correct it")
         if converted is not value:
             object.__setattr__(settings, field.name, converted)
 

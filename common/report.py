@@ -68,8 +68,8 @@ def report(cfg: DictConfig, run: Run) -> Outcome:
     artifacts, metrics = {"report": path}, {}
     sweep = cfg.get("sweep")
     if sweep:
-        cells = read_sweep(Path(sweep).expanduser())
-        compared = comparison(cells, settings.title or Path(sweep).resolve().name)
+        cells = read_sweep(Path(str(sweep)).expanduser())
+        compared = comparison(cells, settings.title or Path(str(sweep)).resolve().name)
         markup = compared.document
         artifacts["comparison"] = run.directory / "comparison.csv"
         write_bytes(artifacts["comparison"], compared.table_csv.encode())
@@ -136,7 +136,7 @@ def _foot(root: Any) -> str:
 def _directory(cfg: DictConfig, run: Run) -> Path:
     chosen = cfg.get("run")
     if chosen:
-        path = Path(chosen).expanduser()
+        path = Path(str(chosen)).expanduser()
         if not path.is_dir():
             raise DataError(f"run={chosen}: no such directory; give a run's or pipeline's folder")
         return path

@@ -96,14 +96,14 @@ class _SharedKeys:
     force: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, prefix="")
         within("seed", self.seed, 0, 2**63 - 1)
 
 
 def _before_the_job(error: Exception) -> ConfigError:
     if isinstance(error, OSError):
         return ConfigError(
-            f"{error.filename}: cannot write a run directory ({error.strerror}): choose "
+            f"{error.filename or 'output'}: cannot write a run directory ({error.strerror}): choose "
             "another with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
         )
     return ConfigError(f"the overrides cannot be applied: {error}; correct them")

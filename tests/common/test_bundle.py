@@ -336,6 +336,9 @@ def test_resolve_bundle(path, tmp_path):
         resolve_bundle(tmp_path / "empty")
     with pytest.raises(BundleError, match=r"shipped: none yet.*lipllm train"):
         resolve_bundle("demo-9000")
+    for value in (None, 5):
+        with pytest.raises(BundleError, match=f"bundle={value}: expected a directory"):
+            resolve_bundle(value)
 
 
 def test_missing_device_is_a_backend_error(path):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from omegaconf import OmegaConf
 
 from common.config import build, check_types
 from common.errors import ConfigError
@@ -50,6 +51,14 @@ def test_wrong_types_name_field_and_value(field, value):
     with pytest.raises(ConfigError, match=field) as error:
         _Settings(**{field: value})
     assert repr(value) in str(error.value)
+
+
+def test_a_type_error_names_the_key_of_the_command_line():
+    """Oracle: the key that the user typed, not the class behind it."""
+    model = {"_target_": "common.models.ModelConfig", "vocab_size": 3, "width": "abc"}
+    node = OmegaConf.create({"group": {"model": {**model, "layers": 1, "heads": 1, "context": 2}}})
+    with pytest.raises(ConfigError, match=r"^group\.model\.width='abc': expected int"):
+        build(node.group.model)
 
 
 def test_build_passes_our_errors_through_and_wraps_unknown_keys():
