@@ -7,10 +7,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from common.cli import COMMANDS, PACKAGES
@@ -51,6 +51,7 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -64,11 +65,11 @@ def _imports(path: Path) -> Iterator[str]:
             yield node.module.partition(".")[0]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_imports_point_down(path: Path) -> None:
+def test_imports_point_down() -> None:
     """Oracle: the layer rule of the design, common <- solvers <- {train | compress | serve}."""
-    package = path.relative_to(ROOT).parts[0]
-    assert set(_imports(path)) & set(CODE_PACKAGES) <= ALLOWED[package]
+    for path in SOURCES:
+        package = path.relative_to(ROOT).parts[0]
+        assert set(_imports(path)) & set(CODE_PACKAGES) <= ALLOWED[package], _name(path)
 
 
 def test_layer_rule_sees_a_violation(tmp_path: Path) -> None:
@@ -78,34 +79,34 @@ def test_layer_rule_sees_a_violation(tmp_path: Path) -> None:
     assert "train" in set(_imports(planted))
 
 
-@pytest.mark.parametrize("path", SOURCES + TESTS, ids=_name)
-def test_files_and_functions_stay_in_budget(path: Path) -> None:
+def test_files_and_functions_stay_in_budget() -> None:
     """Oracle: the hard limits of the design."""
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+    for path in SOURCES + TESTS:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES, _name(path)
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= MAX_FUNCTION_LINES, f"{path}: {node.name}: {lines} lines"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=_name)
-def test_config_files_stay_in_budget(path: Path) -> None:
+def test_config_files_stay_in_budget() -> None:
     """Oracle: a configuration file fits a screen."""
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_CONFIG_LINES
+    for path in CONFIGS:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_CONFIG_LINES, _name(path)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_public_names_are_documented_and_annotated(path: Path) -> None:
+def test_public_names_are_documented_and_annotated() -> None:
     """Oracle: the style rule; a leading underscore makes a name private."""
-    tree = _tree(path)
-    assert ast.get_docstring(tree)
-    for node in _public(tree):
-        assert ast.get_docstring(node), f"{node.name} lacks a docstring"
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.returns is not None, f"{node.name} lacks a return annotation"
-            for argument in (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs):
-                is_self = argument.arg in ("self", "cls")
-                assert is_self or argument.annotation, f"{node.name}: {argument.arg}"
+    for path in SOURCES:
+        tree = _tree(path)
+        assert ast.get_docstring(tree), _name(path)
+        for node in _public(tree):
+            assert ast.get_docstring(node), f"{path}: {node.name} lacks a docstring"
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.returns is not None, f"{path}: {node.name} returns what?"
+                for argument in (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs):
+                    is_self = argument.arg in ("self", "cls")
+                    assert is_self or argument.annotation, f"{path}: {node.name}({argument.arg})"
 
 
 def _public(tree: ast.Module | ast.ClassDef) -> Iterator[Any]:
@@ -136,16 +137,16 @@ def _resolve(dotted: str) -> Any:
         return getattr(_resolve(module), name)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=_name)
-def test_targets_exist_and_accept_their_keys(path: Path) -> None:
+def test_targets_exist_and_accept_their_keys() -> None:
     """Oracle: the signature of each ``_target_``."""
-    for node in _targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
-        target = node["_target_"]
-        assert target.partition(".")[0] in TARGET_ROOTS
-        keys = {str(key) for key in node if not str(key).startswith("_")}
-        parameters = inspect.signature(_resolve(target)).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        assert open_ended or keys <= set(parameters), keys - set(parameters)
+    for path in CONFIGS:
+        for node in _targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
+            target = node["_target_"]
+            assert target.partition(".")[0] in TARGET_ROOTS, _name(path)
+            keys = {str(key) for key in node if not str(key).startswith("_")}
+            parameters = inspect.signature(_resolve(target)).parameters
+            open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            assert open_ended or keys <= set(parameters), f"{path}: {keys - set(parameters)}"
 
 
 def test_commands_and_stages_exist() -> None:
@@ -171,10 +172,10 @@ def test_forbidden_words_are_absent() -> None:
         assert found is None, f"{_name(path)}: {found}"
 
 
-@pytest.mark.parametrize("path", SOURCES + TESTS + CONFIGS, ids=_name)
-def test_sources_are_ascii(path: Path) -> None:
+def test_sources_are_ascii() -> None:
     """Oracle: the style rule."""
-    assert path.read_bytes().isascii()
+    for path in SOURCES + TESTS + CONFIGS:
+        assert path.read_bytes().isascii(), _name(path)
 
 
 def test_triton_stays_in_the_kernels() -> None:
@@ -195,16 +196,16 @@ def test_lightning_stays_in_training() -> None:
                 assert "common.metrics_logger" not in {node.module, *names}, _name(path)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_optional_dependencies_are_imported_in_functions(path: Path) -> None:
+def test_optional_dependencies_are_imported_in_functions() -> None:
     """Oracle: the statements outside functions; kernel modules are triton's own place."""
-    allowed = {"triton"} if _name(path).startswith("serve/kernels/") else set()
-    found = {
-        (node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name)
-        for node in _tree(path).body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
-    assert {name.partition(".")[0] for name in found} & set(LAZY) <= allowed
+    for path in SOURCES:
+        allowed = {"triton"} if _name(path).startswith("serve/kernels/") else set()
+        found = {
+            (node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name)
+            for node in _tree(path).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        assert {name.partition(".")[0] for name in found} & set(LAZY) <= allowed, _name(path)
 
 
 def test_packages_import_without_optional_dependencies() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,22 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 NOT_A_GROUP = {"hydra", "experiment", "optional local"}
 
 
+@cache
 def _groups(command: str) -> dict[str, Any]:
     entries = yaml.safe_load((CONF / f"{command}.yaml").read_text())["defaults"]
     listed = [item for entry in entries if isinstance(entry, dict) for item in entry.items()]
     return {group: option for group, option in listed if group not in NOT_A_GROUP}
 
 
-def _cells() -> Iterator[tuple[str, str, str]]:
+def _cells() -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield choices of one option per group that together reach every option of a command."""
     for command in COMMANDS:
-        for group in _groups(command):
-            for path in sorted((CONF / group).glob("*.yaml")):
-                yield command, group, path.stem
+        options = {
+            group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+            for group in _groups(command)
+        }
+        for turn in range(max(map(len, options.values()), default=0)):
+            yield command, {group: names[turn % len(names)] for group, names in options.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +58,17 @@ def test_job_name_is_the_command(command: str) -> None:
     assert compose(command, return_hydra_config=True).hydra.job.name == command
 
 
-@pytest.mark.parametrize(("command", "group", "option"), list(_cells()))
-def test_option_composes(command: str, group: str, option: str) -> None:
-    """Oracle: Hydra, and the settings class of the option accepting its own values."""
-    overrides = [] if command == "pipeline" else ["++bundle=b"]
-    node = compose(command, overrides=[f"{group}={option}", *overrides])[group]
-    if command != next(other for other in COMMANDS if group in _groups(other)):
-        return
+@pytest.mark.parametrize(("command", "chosen"), list(_cells()))
+def test_options_compose(command: str, chosen: dict[str, str]) -> None:
+    """Oracle: Hydra, and the settings class of each option accepting its own values."""
+    overrides = [f"{group}={option}" for group, option in chosen.items()]
+    config = compose(command, overrides=overrides + ["++bundle=b"] * (command != "pipeline"))
+    for group in chosen:
+        if command == next(other for other in COMMANDS if group in _groups(other)):
+            _build(config[group])
+
+
+def _build(node: Any) -> None:
     target = None if node is None else node.get("_target_")
     is_settings = target is not None and dataclasses.is_dataclass(get_object(target))
     if is_settings and not any(OmegaConf.is_missing(node, str(key)) for key in node):
