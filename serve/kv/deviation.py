@@ -205,21 +205,33 @@ def log_mass_bound(
     return torch.where(count > 0, bound + slack, -torch.inf)
 
 
-def head_deviation(summary: Summary, log_mass: Tensor, o_RKGD: Tensor, lse_RKG: Tensor) -> Tensor:
+def head_deviation(
+    summary: Summary,
+    log_mass: Tensor,
+    o_RKGD: Tensor,
+    lse_RKG: Tensor,
+    error_RKG: Tensor | float = 0.0,
+    value_bound: float = 0.0,
+) -> Tensor:
     """Bound |o - o'| of every head, o' the output over the kept keys.
 
     ``o - o' = sum_c eps_c (v_c - o')`` with v_c in the value ball of cluster c and masses
     ``eps_c = M_c / (M_kept + sum M)``. Over all M_c up to their bounds this is largest when the
     clusters farthest from o' are full and the others empty, so a sort finds the maximum.
+    With logits off by at most ``error`` (rounding that cancels), the log-sum-exp is off by as much,
+    and the weights together by ``e^(2 error) - 1``, times values of norm up to ``value_bound``.
 
     Returns:
         (R, H), float64.
     """
     lowest_RKG = lse_RKG.double() - ROUNDINGS * torch.finfo(lse_RKG.dtype).eps * (1 + lse_RKG.abs())
+    lowest_RKG = lowest_RKG - error_RKG
     log_ratio = (log_mass - lowest_RKG[..., None]).clamp(max=LOG_MAX)
     gap = (summary.value_centre[:, :, None] - o_RKGD[..., None, :].double()).norm(dim=-1)
     # The output carries the rounding of its own dtype, the reach allows for it.
     rounding = ROUNDINGS * torch.finfo(o_RKGD.dtype).eps * o_RKGD.double().norm(dim=-1)
+    # The weights move by 2 in sum at most, however large the error.
+    rounding = rounding + value_bound * torch.as_tensor(2 * error_RKG).clamp(max=1.1).expm1()
     reach = gap + summary.value_radius[:, :, None] + rounding[..., None]
     reach, order = reach.sort(dim=-1, descending=True)
     ratio = log_ratio.exp().gather(-1, order)

@@ -18,6 +18,7 @@ from common.certificate import Certificate
 from common.config import positive
 from common.errors import CertificateError
 from common.models import LipschitzTransformer
+from common.norms import spectral_norm_bound
 from serve.kernels import gather_pages
 from serve.kv.deviation import (
     OUTWARD,
@@ -65,9 +66,8 @@ class EvictionLedger:
 
     A block's deviation at a token is bounded from the summary of its evicted keys; because the
     certificate's norm is the largest over tokens, each sequence carries the running maximum per
-    layer. The statement is about real arithmetic on the stored weights and cached values; of the
-    kernel's rounding only ``ROUNDINGS`` units of its results are allowed for, not the cancellation
-    inside a dot product, and the rounding of the other blocks is left out.
+    layer. The statement is about real arithmetic on the stored weights and cached values.
+    Rounding inside the attention kernel is allowed for, that of the other blocks is left out.
 
     Args:
         model: The served model.
@@ -96,6 +96,7 @@ class EvictionLedger:
         self.model, self.certificate, self.clusters = model, certificate, clusters
         self.device = model.embedding.weight.device
         self.constants = [AttentionConstants.of(model, i) for i in range(config.layers)]
+        self.cached_bounds = [self._cached_bounds(index) for index in range(config.layers)]
         amplification = [certificate.amplification(2 * i) for i in range(config.layers)]
         self.amplification_L = self._tensor(amplification)
         self.delta_RL = self._tensor([]).view(0, config.layers)
@@ -186,7 +187,12 @@ class EvictionLedger:
         q_RKGD = q_RHD.double().unflatten(1, groups)
         log_mass = log_mass_bound(summary, constants, q_RKGD, positions_R)
         o_RKGD, lse_RKG = o_RHD.unflatten(1, groups), lse_RH.unflatten(1, groups)
-        return constants.block_deviation(head_deviation(summary, log_mass, o_RKGD, lse_RKG))
+        # A dot product rounds relative to |q||k|, which may be far above the logit itself.
+        key_bound, value_bound = self.cached_bounds[layer]
+        unit = (q_RHD.shape[2] + ROUNDINGS) * torch.finfo(lse_RH.dtype).eps
+        error_RKG = unit * constants.scale * key_bound * q_RKGD.norm(dim=-1)
+        heads = head_deviation(summary, log_mass, o_RKGD, lse_RKG, error_RKG, value_bound)
+        return constants.block_deviation(heads)
 
     @torch.inference_mode()
     def deviation(self, rows: Sequence[int]) -> Deviation:
@@ -198,6 +204,13 @@ class EvictionLedger:
         certificate = self.certificate
         to_logits = certificate.head_norm / math.sqrt(certificate.vocab_size) * (1 + OUTWARD)
         return Deviation(stream_R, stream_R * to_logits, stream_R * certificate.pair_norm)
+
+    def _cached_bounds(self, index: int) -> tuple[float, float]:
+        """Bound the norms of all cached keys and values of a layer, with room for rounding."""
+        attention, radius = self.model.layers[index].attention, 1.01
+        radius *= self.certificate.blocks[2 * index].radius_in
+        key = 0.0 if attention.key is None else spectral_norm_bound(attention.key.weight)
+        return key * radius, spectral_norm_bound(attention.value.weight) * radius
 
     def _grow(self) -> None:
         old, extra = len(self.delta_RL), max(len(self.delta_RL), 8)
