@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         # A real path: rank processes are started from it.
         sys.argv = [str(Path(sys.executable).with_name("lipllm")), *argv]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell (>&-)
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     try:
         return _dispatch()
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """From a function to a command: Hydra around it, a run directory under it, a summary after it."""
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -61,6 +62,8 @@ def hydra_command(config_name: str, body: Body, *, shared: bool = False) -> Call
     def main() -> int:
         # Without this Hydra prints its own account of an error and exits.
         os.environ["HYDRA_FULL_ERROR"] = "1"
+        # A reader that went away (| head) must not turn each log line into a traceback.
+        logging.raiseExceptions = False
         failures: list[BaseException] = []
         SweepReport.failed = 0
 
@@ -102,8 +105,9 @@ class _SharedKeys:
 
 def _before_the_job(error: Exception) -> ConfigError:
     if isinstance(error, OSError):
+        place = error.filename or "output"
         return ConfigError(
-            f"{error.filename or 'output'}: cannot write a run directory ({error.strerror}): choose "
+            f"{place}: cannot write a run directory ({error.strerror}): choose "
             "another with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
         )
     return ConfigError(f"the overrides cannot be applied: {error}; correct them")

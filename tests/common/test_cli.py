@@ -4,6 +4,7 @@ import errno
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -190,3 +191,21 @@ def test_shadowed_package_is_named(
     done = lipllm("doctor")
     assert done.status == 2
     assert str(tmp_path) in _one_line(done.err)
+
+
+@pytest.mark.parametrize(("shell", "statuses"), [("{} >&-", "0"), ("{} | head -c 0", "141 0")])
+def test_output_that_nobody_reads_is_no_traceback(
+    tmp_path: Path, shell: str, statuses: str
+) -> None:
+    """Oracle: bash; logged lines and the summary both meet a closed or broken standard output."""
+    program = (
+        "import logging, sys, time, types\nfrom common import cli\nfrom common.runs import *\n"
+        "def body(cfg, run):\n    time.sleep(0.2)\n    logging.getLogger('a').info('b')\n"
+        "    return Outcome()\n"
+        "sys.modules['fake'] = types.SimpleNamespace(main=hydra_command('doctor', body))\n"
+        "cli.COMMANDS['doctor'] = ('fake:main', '')\nsys.exit(cli.main(['doctor']))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    line = shell.format(f"{sys.executable} program.py") + '; echo "${PIPESTATUS[@]}" >&2'
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.split() == statuses.split()
