@@ -52,9 +52,9 @@ class AttackSettings:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("steps", "network_steps"):
-            positive(f"attack.{name}", getattr(self, name), zero=True)
+            positive(f"certify.attack_{name}", getattr(self, name), zero=True)
         for name in ("starts", "tokens", "rate"):
-            positive(f"attack.{name}", getattr(self, name))
+            positive(f"certify.attack_{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

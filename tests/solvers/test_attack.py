@@ -117,5 +117,5 @@ def test_an_attack_above_a_bound_is_an_error(build_model: BuildModel, where: str
 @pytest.mark.parametrize("field", ["starts", "tokens", "rate"])
 def test_settings_are_checked(field: str) -> None:
     """Oracle: the contract."""
-    with pytest.raises(ConfigError, match=f"attack.{field}"):
+    with pytest.raises(ConfigError, match=f"certify.attack_{field}"):
         AttackSettings(**{field: 0})
