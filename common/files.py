@@ -45,7 +45,11 @@ def write_json(path: Path, value: Any) -> None:
         OSError: when the disk is full or the folder is not writable; the old file is untouched.
         ValueError: when ``value`` holds NaN or infinity.
     """
-    data = to_json(value).encode()
+    replace_bytes(path, to_json(value).encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically; ``OSError`` leaves the old file and nothing else."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_bytes(staged, data)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,9 +78,7 @@ class MetricsLogger(Logger):
         for step in sorted(self._rows):
             writer.writerow({"step": step} | self._rows[step])
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        staged = self._path.with_name(f".{METRICS_FILE}.{os.getpid()}")
-        files.write_bytes(staged, buffer.getvalue().encode())
-        staged.replace(self._path)
+        files.replace_bytes(self._path, buffer.getvalue().encode())
         self._written = time.monotonic()
 
     @rank_zero_only

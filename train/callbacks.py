@@ -214,7 +214,11 @@ class Checkpoint(EachStep):
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint beside its place, then swap it in."""
         fresh = self.directory / f"next-{CHECKPOINT}"
-        trainer.save_checkpoint(fresh)
+        try:
+            trainer.save_checkpoint(fresh)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
         if trainer.is_global_zero:
             fresh.replace(self.directory / CHECKPOINT)
 

@@ -1,5 +1,6 @@
 """Tracking: declared names, a metrics file that survives interruption, offline W&B."""
 
+import errno
 import re
 import sys
 
@@ -90,6 +91,22 @@ def test_first_values_are_on_the_disk_at_once(tmp_path):
     """Oracle: a killed run leaves a readable file."""
     MetricsLogger(tmp_path).log_metrics({"train/loss": 3.0}, step=1)
     assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1, "train/loss": 3.0}]
+
+
+def test_full_disk_keeps_the_metrics_file_and_nothing_else(tmp_path, monkeypatch):
+    """Oracle: the file as it was before a write that fails when it is flushed."""
+    logger = MetricsLogger(tmp_path)
+    logger.log_metrics({"train/loss": 3.0}, step=1)
+    before = (tmp_path / "metrics.csv").read_bytes()
+
+    def no_space(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    logger.log_metrics({"train/loss": 2.0}, step=2)
+    with pytest.raises(OSError, match="No space"):
+        logger.finalize("success")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
 
 
 def test_resumed_run_continues_its_file(run):
