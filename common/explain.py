@@ -51,8 +51,8 @@ def _one_line(text: str) -> str:
 
 def _system(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _FOLDER_ERRORS:
-        path = error.filename if error.filename is not None else "output"
-        return f"{path}: {_FOLDER_ERRORS[error.errno]}"
+        # Of a copy or a rename the second name is what was being written.
+        return f"{error.filename2 or error.filename or 'output'}: {_FOLDER_ERRORS[error.errno]}"
     text = str(error)
     if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
         return f"output: {_FOLDER_ERRORS[errno.ENOSPC]}"

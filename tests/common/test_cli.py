@@ -120,6 +120,10 @@ def test_completion_hands_the_rest_to_hydra(
     [
         (BundleError("model.safetensors:\n  truncated"), "model.safetensors: truncated"),
         (OSError(errno.ENOSPC, "No space left on device", "b/x"), "b/x: the disk is full"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "tmp", None, "b/x"),
+            "b/x: the disk is full",
+        ),
         (PermissionError(errno.EACCES, "denied", "b"), "b: permission denied"),
         (NotADirectoryError(errno.ENOTDIR, "not a directory", "f/g"), "f/g: a part of the path"),
         (RuntimeError("Error while serializing: No space left on device"), "the disk is full"),
