@@ -274,7 +274,7 @@ def _checked_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
     unknown = [name for name in metrics if not is_declared(name)]
     if unknown:
-        raise KeyError(f"metric names not declared in common/tracking.py: {', '.join(unknown)}")
+        raise KeyError(f"metric names not declared in common/metric_names.py: {', '.join(unknown)}")
     # JSON has no infinities; a bound that overflowed is reported by its logarithm.
     return {k: float(v) if math.isfinite(v) else None for k, v in sorted(metrics.items())}
 

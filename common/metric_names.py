@@ -1,41 +1,25 @@
 """Every metric name this project writes, with what it measures and its unit.
 
-Names are an interface: summaries, CSV files, dashboards and reports use them, and a name that is
-not declared here is refused. An estimate is never called a bound.
+Names are an interface: summaries, CSV files, dashboards and reports use them, and a summary with a
+name that is not declared here is refused. An estimate is never called a bound.
 """
 
 METRICS: dict[str, str] = {
     "data/unigram_entropy_bits": "Entropy of single bytes of the validation text, bits per byte",
-    "data/bytes_per_token": "Validation bytes per token",
-    "data/train_tokens": "Tokens of the training split",
-    "data/val_tokens": "Tokens of the validation split",
     "train/loss": "Training cross-entropy of a batch, nats per token",
     "train/val_loss_nats": "Validation cross-entropy, nats per token",
     "train/val_bits_per_byte": "Validation cross-entropy, bits per byte of text",
     "train/val_acc_full": "Validation accuracy of the next token over every position, share",
     "train/val_acc_ref": "Validation accuracy counted as the reference implementation does, share",
     "train/lr": "Learning rate of the matrices",
-    "train/lr_adamw": "Learning rate of embeddings, head and vectors",
-    "train/weight_decay": "Weight decay in force",
-    "train/grad_norm": "Global gradient norm before clipping",
-    "train/update_norm": "Largest RMS to RMS norm of a matrix update",
     "train/bound_naive": "Sound Lipschitz bound from operator norms, logits RMS per embedding RMS",
     "train/log10_bound_naive": "Decimal logarithm of train/bound_naive",
-    "train/bound_reference": "Published Lipschitz formula, for comparison; not a bound",
     "train/max_norm": "Largest RMS to RMS norm of a weight matrix",
     "train/max_activation": "Largest absolute activation seen (estimate)",
     "train/params": "Parameters of the model",
     "train/steps": "Optimizer steps done",
     "train/tokens_seen": "Training tokens consumed",
     "train/tokens_per_s": "Training speed, tokens per second",
-    "train/seconds": "Training time, seconds",
-    "train/robust_accuracy": "Accuracy under attack of a given radius (estimate), share",
-    "train/certified_accuracy": "Accuracy proved for a given radius, share",
-    "train/clean_accuracy": "Accuracy without attack, share",
-    "perf/step_ms": "Time of an optimizer step, milliseconds",
-    "perf/tokens_per_s": "Speed, tokens per second",
-    "perf/peak_memory_bytes": "Peak memory, bytes",
-    "perf/projection_ms": "Time of the weight constraint in a step, milliseconds",
     "cert/reference": "Published Lipschitz formula, for comparison; not a bound for several heads",
     "cert/naive": "Sound Lipschitz bound from operator norms, logits RMS per embedding RMS",
     "cert/tightened": "Sound Lipschitz bound from the solvers, logits RMS per embedding RMS",
@@ -62,8 +46,6 @@ METRICS: dict[str, str] = {
     "attack/seconds": "Time of the attacks, seconds",
     "solve/residual": "Fixed-point residual at the end",
     "solve/error": "Distance to the solution, or the game's duality gap: zero when solved",
-    "solve/gap": "Primal-dual gap at the end",
-    "solve/objective": "Objective at the end",
     "solve/iterations": "Iterations",
     "solve/evals": "Operator evaluations",
     "solve/seconds": "Time to solve, seconds",
@@ -73,7 +55,6 @@ METRICS: dict[str, str] = {
     "compress/bundle_bytes": "Size of the weight file after pruning over before, factor",
     "compress/mlp_speedup": "Time of all MLP blocks before over after, factor",
     "compress/mlp_neurons_removed": "MLP neurons removed",
-    "compress/heads_removed": "Attention heads removed",
     "compress/val_bits_per_byte": "Validation cross-entropy after pruning, bits per byte of text",
     "compress/val_bits_per_byte_before": "Validation cross-entropy before pruning, bits per byte",
     "compress/measured_deviation": "Largest RMS change of the logits seen (estimate from below)",
@@ -82,22 +63,15 @@ METRICS: dict[str, str] = {
     "compress/fidelity": "Mean share of the block output energy that is kept (estimate)",
     "compress/top1_agreement": "Share of positions whose most likely token is unchanged (estimate)",
     "compress/certified_top1": "Share of positions whose most likely token is proved unchanged",
-    "compress/forget_accuracy": "Accuracy on the text to be forgotten, share",
-    "compress/retain_accuracy": "Accuracy on the text to be kept, share",
-    "compress/seconds": "Time to prune, seconds",
     "serve/kv_kept_fraction": "Share of the cache entries that the policy keeps",
     "serve/kv_budget": "Cache entries kept per head, tokens",
-    "serve/kv_bytes": "Largest size of the key-value cache, bytes",
     "serve/kl_vs_full": "KL divergence of the next token from the full cache (estimate), nats",
     "serve/top1_agreement": "Share of tokens equal to those of the full cache (estimate)",
     "serve/certified_top1": "Share of tokens proved equal to those of the full cache",
     "serve/measured_deviation": "Largest RMS change of the logits seen (estimate from below)",
     "serve/certified_deviation": "Proved bound on the RMS change of the logits by eviction",
-    "serve/semi_empirical_deviation": "Measured block changes times proved bounds (estimate)",
     "serve/tokens_per_s": "Generated tokens per second",
     "serve/tokens_per_s_full": "Generated tokens per second with the full cache",
-    "serve/prefill_tokens_per_s": "Prompt tokens read per second",
-    "serve/first_token_ms": "Time to the first token, milliseconds",
     "serve/requests": "Requests served",
     "serve/generated_tokens": "Tokens generated",
     "serve/seconds": "Time to generate, seconds",
@@ -112,12 +86,7 @@ METRICS: dict[str, str] = {
 # Names with a part that depends on the model: anything after the prefix.
 FAMILIES: dict[str, str] = {
     "train/norm/": "RMS to RMS norm of one weight matrix",
-    "train/rho/": "Proved Lipschitz constant of one residual block",
     "cert/block/": "Lipschitz constant of one residual block",
-    "compress/block/": "Figure of one pruned block",
-    "serve/layer/": "Figure of one layer's cache",
-    "solve/method/": "Figure of one solver in a comparison",
-    "bench/": "Benchmark figure",
 }
 
 # The pipeline's summary shows the pruned model's figures beside the dense model's.

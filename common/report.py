@@ -152,7 +152,7 @@ def _directory(cfg: DictConfig, run: Run) -> Path:
 
 
 def _push(workspace: str) -> None:
-    from common.tracking import build_workspace
+    from common.dashboard import build_workspace
 
     entity, project = workspace.split("/")
     try:

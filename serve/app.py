@@ -18,7 +18,7 @@ from common.device import resolve_device
 from common.errors import BundleError, DataError
 from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
-from common.tracking import LoggerConfig, build_loggers
+from common.tracking import LoggerConfig, record
 from serve.calibrate_app import calibrate
 from serve.engine.request import SamplingParams
 from serve.engine.scheduler import EngineConfig
@@ -76,11 +76,9 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
 
 
 def _track(config: LoggerConfig, metrics: dict[str, float], run: Run) -> None:
-    # One row of CSV would repeat summary.json, and the loggers' import costs seconds.
+    # One row of CSV alone would only repeat summary.json.
     if "wandb" in config.kinds:
-        for logger in build_loggers(config, run.directory, run):
-            logger.log_metrics(metrics, step=0)
-            logger.finalize("success")
+        record(config, run, {0: metrics})
 
 
 def _corpus(cfg: DictConfig, bundle: Bundle, settings: GenerateConfig) -> Corpus | None:

@@ -7,7 +7,7 @@ from typing import Any
 from common.config import build, check_types, one_of, positive
 from common.errors import ConfigError
 from common.runs import Outcome, Run
-from common.tracking import build_loggers
+from common.tracking import record
 from solvers.iterate import SOLVERS, make_solver
 from solvers.iterate import solve as solve_problem
 from solvers.library import PROBLEMS, standard_problem
@@ -77,7 +77,7 @@ def solve(cfg: Any, run: Run) -> Outcome:
         **settings.options,
     )
     log.info("%s: %s", settings.problem, result.message)
-    _log_trace(cfg, run, result)
+    record(build(cfg.logger), run, _rows(result))
     return Outcome(
         metrics={
             "solve/residual": result.residual,
@@ -91,11 +91,10 @@ def solve(cfg: Any, run: Run) -> Outcome:
     )
 
 
-def _log_trace(cfg: Any, run: Run, result: Result) -> None:
+def _rows(result: Result) -> dict[int, dict[str, float]]:
     stride = max(1, len(result.trace) // _MAX_ROWS)
-    for logger in build_loggers(build(cfg.logger), run.directory, run):
-        for step in range(0, len(result.trace), stride):
-            point = result.trace[step]
-            values = {"solve/residual": point.residual, "solve/evals": float(point.calls)}
-            logger.log_metrics(values, step=step)
-        logger.finalize("success")
+    return {
+        step: {"solve/residual": point.residual, "solve/evals": float(point.calls)}
+        for step, point in enumerate(result.trace)
+        if step % stride == 0
+    }

@@ -194,6 +194,7 @@ def test_lightning_stays_in_training() -> None:
             if isinstance(node, ast.ImportFrom) and not _name(path).startswith("train/"):
                 names = {f"{node.module}.{alias.name}" for alias in node.names}
                 assert "common.metrics_logger" not in {node.module, *names}, _name(path)
+                assert "common.tracking.build_loggers" not in names, _name(path)
 
 
 def test_optional_dependencies_are_imported_in_functions() -> None:

@@ -344,7 +344,7 @@ def test_workspace_without_login_is_one_line(quick, pipeline, tmp_path, monkeypa
         def save(self):
             raise RuntimeError("not logged in\nmore")
 
-    monkeypatch.setattr("common.tracking.build_workspace", lambda *_: Workspace())
+    monkeypatch.setattr("common.dashboard.build_workspace", lambda *_: Workspace())
     config = as_config(run=str(pipeline), report={"workspace": "me/lipllm"})
     with pytest.raises(ConfigError, match=r"me/lipllm: not saved \(not logged in\)"):
         report(config, as_run(tmp_path / "o"))
