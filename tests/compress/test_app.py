@@ -13,7 +13,7 @@ from common.errors import BundleError, CertificateError, ConfigError, DataError
 from common.ledger import Run
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from common.tokenizer import ByteTokenizer
-from common.tracking import check_name
+from common.tracking import is_declared
 from compress.app import compress as command
 from compress.grams import Calibration
 from solvers.bounds import certify, verify
@@ -79,7 +79,7 @@ def test_command_writes_a_smaller_bundle_that_certifies(dense, text, tmp_path):
     """Files, metrics, order of the three deviations, and a new certificate that verifies."""
     outcome = command(*configure(dense, text, tmp_path))
     for name in outcome.metrics:
-        check_name(name)
+        assert is_declared(name), name
     metrics = {name.removeprefix("compress/"): value for name, value in outcome.metrics.items()}
     assert metrics["removed_fraction"] == pytest.approx(0.25, abs=0.02)
     assert metrics["params"] < metrics["params_before"]
@@ -161,7 +161,7 @@ def test_exported_prune_chooses_a_neighbouring_directory(dense, tmp_path):
         ({"frontier": [0.5, -1]}, ConfigError, "compress.frontier=-1.0"),
         ({"tau": -1.0}, ConfigError, "above 0, or .inf"),
         ({"score": "best"}, ConfigError, "expected one of obs"),
-        ({"tokens": "many"}, ConfigError, "CompressConfig.tokens='many'"),
+        ({"tokens": "many"}, ConfigError, "compress.tokens='many'"),
         ({"ratio": 2}, ConfigError, "ratio"),
         ({"length": 33}, DataError, "context of 32"),
         ({"keep": 0.5, "min_keep": 0.9, "align": 64}, ConfigError, "cannot lose|leave at most"),
