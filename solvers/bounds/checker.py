@@ -1,8 +1,8 @@
 """The trusted core: re-proves every bound of a certificate from weights and multipliers.
 
 Float64, no solver code. Each bound is valid for any positive multipliers, so a certificate can be
-wrong only through this file, ``mlp_proof``, ``attention_proof``, ``head_proof``, ``slopes``,
-``common.norms`` or ``common.certificate``. Source: spec bound_tightening 4.6, 7 and 8.
+wrong only through this file, ``admissible``, the ``*_proof`` modules, ``slopes``, or ``norms``,
+``certificate``, ``bundle`` and ``models`` of ``common``. Source: spec bound_tightening 4.6, 7, 8.
 """
 
 # Shape letters: C width, V vocabulary.
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -32,19 +31,14 @@ from common.certificate import (
     tensors_sha256,
 )
 from common.errors import CertificateError, LipError
-from common.models import LayerConfig, LipschitzTransformer, ModelConfig
-from common.norms import exact64
+from common.models import LipschitzTransformer, ModelConfig
+from solvers.bounds.admissible import check_multipliers, check_weights
 from solvers.bounds.attention_proof import prove_attention
 from solvers.bounds.head_proof import domain_radius, head_norms
 from solvers.bounds.mlp_proof import BlockBound, prove_mlp
 
 STORED_MARGIN = 1e-10
 """Relative amount a certifier adds to what is proved here, so that another machine agrees."""
-
-MULTIPLIER_RANGE = (1e-100, 1e100)
-
-WEIGHT_RANGE = (1e-75, 1e75)
-"""Sizes of nonzero weights for which no product in a proof underflows; holds all of float32."""
 
 _BLOCK_FIELDS = ("naive", "tightened", "radius_out", "naive_radius_out")
 
@@ -84,7 +78,7 @@ def prove_block(
         CertificateError: for multipliers that are not usable, or NaN or infinity in a weight.
     """
     layer = config.layer(index // 2)
-    _check_multipliers(multipliers, layer, index)
+    check_multipliers(multipliers, layer, index)
     kind = KINDS[index % 2]
     prefix = f"layers.{index // 2}.{kind}."
     local = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
@@ -93,54 +87,6 @@ def prove_block(
     if not math.isfinite(bound.naive + bound.naive_radius_out):
         raise CertificateError(f"block {index}: its bound overflows; the weights are too large")
     return bound
-
-
-def multiplier_shapes(layer: LayerConfig, index: int) -> dict[str, int]:
-    """Return the names and lengths of a block's multiplier vectors."""
-    if index % 2:
-        return {"lambda": layer.mlp_width // layer.unit}
-    shapes = {"tau": layer.heads}
-    if layer.content_heads:
-        shapes |= {"value": layer.heads}
-        shapes |= dict.fromkeys(("query", "key", "mixed"), layer.content_heads)
-    return shapes
-
-
-def _check_multipliers(multipliers: Mapping[str, Tensor], layer: LayerConfig, index: int) -> None:
-    shapes = multiplier_shapes(layer, index)
-    if not multipliers:
-        return
-    for name in sorted(set(shapes) ^ set(multipliers)):
-        state = "missing" if name in shapes else "not expected"
-        raise CertificateError(f"multiplier blocks.{index}.{name}: {state}; certify again")
-    for name, tensor in multipliers.items():
-        if tensor.dtype != torch.float64 or tuple(tensor.shape) != (shapes[name],):
-            raise CertificateError(
-                f"multiplier blocks.{index}.{name}: {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected float64 ({shapes[name]},); certify again"
-            )
-        low, high = MULTIPLIER_RANGE
-        if not bool(((tensor >= low) & (tensor <= high)).all()):
-            raise CertificateError(
-                f"multiplier blocks.{index}.{name}: expected positive finite numbers "
-                f"({low:g} to {high:g}); certify again"
-            )
-
-
-def check_weights(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights for which the proofs would not hold: NaN, infinity, or products underflow.
-
-    Raises:
-        CertificateError: naming the tensor.
-    """
-    low, high = WEIGHT_RANGE
-    for name, tensor in tensors.items():
-        size = exact64(tensor).abs()
-        if name.endswith(".weight") and bool(((size > high) | ((size > 0) & (size < low))).any()):
-            raise CertificateError(
-                f"weight tensor {name}: expected entries that are 0 or of size {low:g} to "
-                f"{high:g}; rescale it, or set smaller entries to 0"
-            )
 
 
 def check(

@@ -25,15 +25,9 @@ from common.certificate import (
 )
 from common.config import check_types, one_of, positive
 from common.models import LipschitzTransformer, ModelConfig
+from solvers.bounds.admissible import MULTIPLIER_RANGE, check_weights
 from solvers.bounds.attention_search import AttentionSearch, search_attention
-from solvers.bounds.checker import (
-    MULTIPLIER_RANGE,
-    STORED_MARGIN,
-    chain,
-    check_weights,
-    most_heads,
-    prove_block,
-)
+from solvers.bounds.checker import STORED_MARGIN, chain, most_heads, prove_block
 from solvers.bounds.head_proof import head_norms
 from solvers.bounds.kform import METHODS
 from solvers.bounds.mlp_block import MlpSolution, tighten_mlp
@@ -80,7 +74,7 @@ def certify(
         A certificate that ``verify`` accepts for exactly these weights.
 
     Raises:
-        CertificateError: if a weight is NaN, infinite, or beyond ``checker.WEIGHT_RANGE``.
+        CertificateError: if a weight is NaN, infinite, or beyond ``admissible.WEIGHT_RANGE``.
     """
     settings = settings or TightenSettings()
     config, tensors = model.config, _state(model)

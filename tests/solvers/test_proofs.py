@@ -12,8 +12,9 @@ from torch import Tensor
 from common.models import LipschitzTransformer
 from common.models.config import ACTIVATIONS
 from solvers.bounds import certify
+from solvers.bounds.admissible import multiplier_shapes
 from solvers.bounds.attention_proof import attention_bound, naive_attention, split_heads
-from solvers.bounds.checker import multiplier_shapes, prove_block
+from solvers.bounds.checker import prove_block
 from solvers.bounds.head_proof import head_norms
 from solvers.bounds.mlp_proof import mlp_bound, mlp_form
 from solvers.bounds.slopes import slope_interval
