@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process when omitted.
 
     Returns:
-        Exit status: 0 done, 2 the user can correct it, 130 interrupted.
+        Exit status: 0 done, 1 a defect, 2 the user can correct it, 130 interrupted, 141 nobody
+        reads the output.
     """
     if argv is not None:
         # A real path: rank processes are started from it.

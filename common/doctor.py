@@ -19,11 +19,8 @@ EXTRAS = {
     "datasets": "parquet, jsonl and hub corpora (part of the installation)",
     "wandb": "experiment tracking (part of the installation)",
     "tokenizers": "BPE tokenizers: pip install 'lipllm[hf]'",
-    "transformers": "comparison with Hugging Face models: pip install 'lipllm[hf]'",
-    "fastapi": "HTTP server: pip install 'lipllm[http]'",
     "hydra_plugins.hydra_joblib_launcher": "parallel sweeps: pip install 'lipllm[sweep]'",
     "hydra_plugins.hydra_submitit_launcher": "sweeps on SLURM: pip install 'lipllm[slurm]'",
-    "ray": "serving replicas: pip install 'lipllm[ray]'",
     "wandb_workspaces": "dashboards as code: pip install 'lipllm[dashboards]'",
 }
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from common.cli import COMMAND_VARIABLE
 from common.errors import LipError
 
 _FOLDER_ERRORS = {
@@ -121,7 +122,7 @@ def _known_keys() -> Iterator[str]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    command = os.environ.get("LIPLLM_COMMAND", "")
+    command = os.environ.get(COMMAND_VARIABLE, "")
     chosen = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_/]+=[a-z0-9_]+", a)]
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):

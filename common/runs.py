@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from common.cli import TRACE_VARIABLE
 from common.config import check_types, within
 from common.errors import ConfigError
 from common.explain import explain
@@ -168,7 +169,7 @@ def _record_failure(error: Exception, failures: list[BaseException]) -> None:
             _discard(directory)
         failures.append(error)
         return
-    if line is None or os.environ.get("LIPLLM_TRACE") == "1":
+    if line is None or os.environ.get(TRACE_VARIABLE) == "1":
         traceback.print_exception(error)
     (directory / ERROR_FILE).write_text(line or f"{type(error).__name__}: {error}", "utf-8")
 

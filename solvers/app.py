@@ -112,8 +112,8 @@ def _finite(metrics: dict[str, float]) -> dict[str, float]:
 def _transformer(bundle: Bundle) -> Bundle:
     if not isinstance(bundle.model, LipschitzTransformer):
         raise BundleError(
-            f"{bundle.path}: holds a {bundle.kind}; only transformers can be certified block by "
-            "block; a classifier's bound is the product of its norms, which training reports"
+            f"{bundle.path}: holds a {bundle.kind}; only transformers can be certified: expected a "
+            "bundle of one"
         )
     return bundle
 
