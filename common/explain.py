@@ -98,7 +98,10 @@ def _composition(error: BaseException) -> str:
 def _unknown_key(key: str) -> str:
     if not key:
         return "an override has no key: expected key=value"
-    near = difflib.get_close_matches(key, list(_known_keys()), n=1, cutoff=0.6)
+    known = list(_known_keys())
+    if key in known:
+        return f"{key!r} gets a key that it does not list: add it with +{key}.NAME=VALUE"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "--cfg job lists what can be set"
     return f"unknown key {key!r}: {hint}"
 

@@ -80,12 +80,17 @@ class Stage:
         return body
 
 
-def read_stages(nodes: Sequence[Mapping[str, Any]]) -> list[Stage]:
-    """Return the stages, checked against one another.
+def read_stages(nodes: Any) -> list[Stage]:
+    """Return the stages that a list of mappings describes, checked against one another.
 
     Raises:
-        ConfigError: for a malformed stage, a repeated name, or a bundle that no earlier stage has.
+        ConfigError: for anything but such a list, a malformed stage, a repeated name, or a bundle that
+            no earlier stage has.
     """
+    if not isinstance(nodes, list) or not all(isinstance(node, Mapping) for node in nodes):
+        raise ConfigError(
+            f"pipeline.stages={nodes!r}: expected a list of stages; see conf/pipeline.yaml"
+        )
     stages: list[Stage] = []
     for node in nodes:
         try:

@@ -68,7 +68,7 @@ class CompressConfig:
         one_of("compress.allocation", self.allocation, ALLOCATORS)
         one_of("compress.order", self.order, ORDERS)
         if not self.tau > 0 or math.isnan(self.tau):
-            raise ConfigError(f"compress.tau={self.tau}: expected a number above 0, or .inf")
+            raise ConfigError(f"compress.tau={self.tau}: expected a number above 0, or inf")
         if self.ridge is not None:
             within("compress.ridge", self.ridge, 0.0, 1.0)
         within("compress.min_keep", self.min_keep, 0.0, 1.0)

@@ -173,6 +173,13 @@ def test_malformed_stage_is_refused(change: dict[str, Any], text: str) -> None:
         read_stages([STAGES[0], node])
 
 
+@pytest.mark.parametrize("nodes", [None, 3, "make", {"name": "make"}, [3]])
+def test_anything_but_a_list_of_stages_is_refused(nodes: Any) -> None:
+    """Oracle: the message names the key."""
+    with pytest.raises(ConfigError, match=r"pipeline\.stages="):
+        read_stages(nodes)
+
+
 @pytest.mark.parametrize("target", ["nowhere:f", "json:nothing", "json"])
 def test_unknown_target_is_refused(target: str) -> None:
     """Oracle: one error type for a missing module and for a missing function."""

@@ -107,3 +107,11 @@ def test_command_refuses_in_one_line(lipllm):
     (line,) = done.err.strip().splitlines()
     assert line.startswith("lipllm: error: ")
     assert "method=forb" in line
+
+
+def test_new_option_is_told_how_to_be_written(lipllm):
+    """Oracle: the remedy itself works."""
+    done = lipllm("solve", "solve.options={step_scale: 1.5}")
+    assert done.status == 2
+    assert "+solve.options.NAME=VALUE" in done.err
+    assert lipllm("solve", "solve.size=3", "+solve.options.step_scale=1.5").status == 0
