@@ -71,6 +71,7 @@ def attack(cfg: Any, run: Run) -> Outcome:
     began = time.perf_counter()
     result = bounds.attack(bundle.model, bundle.certificate, settings=settings)
     if bundle.certificate is not None:
+        # For its error alone: a value above a bound refutes the proof.
         with_attack(bundle.certificate, result)
     return Outcome(
         metrics={

@@ -1,5 +1,7 @@
 """``lipllm train`` as a user meets it: swept, and given bad input."""
 
+import csv
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_sweep_of_four_runs_is_compared(text_file: Path, lipllm: Callable[..., Any]) -> None:
-    """Oracle: four summaries with distinct settings, and a table that lists them."""
+    """Oracle: four summaries with distinct settings; the table has one row for each cell."""
     sweep = ("-m", "seed=1,2", "optim.lr=0.05,0.1", "hydra.sweep.dir=sweep", "trainer.max_steps=5")
     done = lipllm("train", *TINY, f"data.path={text_file}", *sweep)
     assert done.status == 0, done.err[-2000:]
@@ -30,7 +32,13 @@ def test_sweep_of_four_runs_is_compared(text_file: Path, lipllm: Callable[..., A
     assert len({summary["config_hash"] for summary in summaries}) == 4
     table = lipllm("report", "sweep=sweep")
     assert table.status == 0, table.err[-2000:]
-    assert table.out.count("optim.lr") >= 1
+    path = Path(table.out.splitlines()[-1].removeprefix("summary: "))
+    comparison = path.parent / json.loads(path.read_text())["artifacts"]["comparison"]
+    rows = list(csv.DictReader(comparison.read_text(encoding="utf-8").splitlines()))
+    cells = {(row["seed"], row["optim.lr"]) for row in rows}
+    assert len(rows) == 4
+    assert cells == set(itertools.product(("1", "2"), ("0.05", "0.1")))
+    assert all(float(row["train/val_bits_per_byte"]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
