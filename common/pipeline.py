@@ -84,8 +84,8 @@ def read_stages(nodes: Any) -> list[Stage]:
     """Return the stages that a list of mappings describes, checked against one another.
 
     Raises:
-        ConfigError: for anything but such a list, a malformed stage, a repeated name, or a bundle that
-            no earlier stage has.
+        ConfigError: for anything but such a list, a malformed stage, a repeated name, or a bundle
+            that no earlier stage has.
     """
     if not isinstance(nodes, list) or not all(isinstance(node, Mapping) for node in nodes):
         raise ConfigError(
