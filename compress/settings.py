@@ -23,7 +23,7 @@ class CompressConfig:
         score: Which components go first; name in ``fidelity.SCORES``.
         comp: How the kept weights make up for the removed ones; ``compensate.METHODS``.
         tau: Cap of ``lsq_capped``: allowed growth of the product of a block's two spectral
-            norms; 1 keeps the block's naive constant, ``.inf`` lifts the cap.
+            norms; 1 keeps the block's naive constant, ``inf`` lifts the cap.
         bias: Let the down projection's bias absorb the mean of what is removed.
         allocation: How layers share the budget; name in ``allocate.ALLOCATORS``.
         order: ``sequential`` refits each layer on the already pruned prefix, ``one_shot`` uses

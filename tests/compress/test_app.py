@@ -159,7 +159,7 @@ def test_exported_prune_chooses_a_neighbouring_directory(dense, tmp_path):
         ({"keep": 0.0}, ConfigError, "compress.keep=0.0"),
         ({"keep": 1.5}, ConfigError, "expected 0.0 to 1.0"),
         ({"frontier": [0.5, -1]}, ConfigError, "compress.frontier=-1.0"),
-        ({"tau": -1.0}, ConfigError, "above 0, or .inf"),
+        ({"tau": -1.0}, ConfigError, "above 0, or inf"),
         ({"score": "best"}, ConfigError, "expected one of obs"),
         ({"tokens": "many"}, ConfigError, "compress.tokens='many'"),
         ({"ratio": 2}, ConfigError, "ratio"),
