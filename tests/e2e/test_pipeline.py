@@ -13,6 +13,7 @@ from common.bundle import load_bundle
 STAGES = ("train", "certify", "compress", "recertify", "calibrate", "generate", "report")
 TINY = (
     "model=nano",
+    "logger=csv",
     "data=shakespeare",
     "device=cpu",
     "trainer.max_steps=20",

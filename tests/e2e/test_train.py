@@ -11,6 +11,7 @@ import pytest
 
 TINY = (
     "model=nano",
+    "logger=csv",
     "data=shakespeare",
     "device=cpu",
     "trainer.batch_size=8",

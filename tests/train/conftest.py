@@ -9,7 +9,14 @@ from hydra import compose, initialize_config_module
 
 from common.runs import Run, plain
 
-NANO = ("data=local", "model=nano", "device=cpu", "trainer.batch_size=4", "trainer.val_every=0")
+NANO = (
+    "data=local",
+    "model=nano",
+    "device=cpu",
+    "logger=csv",
+    "trainer.batch_size=4",
+    "trainer.val_every=0",
+)
 NANO += ("trainer.final_windows=32", "callbacks.sample_every=0", "callbacks.certificate_every=0")
 
 

@@ -11,7 +11,7 @@ import torch
 from common.bundle_format import WEIGHTS
 from train.app import train
 
-NANO = ("data=local", "model=nano", "device=cpu", "trainer.batch_size=4")
+NANO = ("data=local", "model=nano", "device=cpu", "logger=csv", "trainer.batch_size=4")
 NANO += ("callbacks.sample_every=0", "callbacks.certificate_every=0")
 OVERRIDES = (
     "trainer.max_steps=40",
