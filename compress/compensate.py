@@ -99,9 +99,10 @@ def _capped(problem: Problem, kept_K: Tensor, cap: float) -> Tensor:
     """
     free_KO = _least_squares(problem, kept_K, cap)
     start_KO = clip_spectrum(free_KO, cap)
-    if start_KO is free_KO:
-        return free_KO
     gram_KK = problem.gram_II[kept_K][:, kept_K]
+    # Without any activation all weights fit alike.
+    if start_KO is free_KO or not bool(gram_KK.any()):
+        return start_KO
     target_KO = gram_KK @ free_KO
     step = 1 / float(torch.linalg.eigvalsh(gram_KK)[-1])
     point = previous = start_KO

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.certificate import BlockProof, Certificate
+from common.errors import CertificateError
 from common.models import LayerConfig
 from common.norms import (
     SLACK,
@@ -26,6 +27,7 @@ from common.norms import (
     schur_norm,
 )
 from compress.chords import chord_interval
+from compress.targets import block_indices
 from solvers.bounds.checker import prove_block
 from solvers.bounds.mlp_block import tighten_mlp
 from solvers.bounds.mlp_proof import MlpForm, mlp_bound
@@ -77,7 +79,8 @@ def certified_deviation(
         attention = _prove_wider(dense, certificate, attention, radius)
         radii.append(radius)
         # The attention output is homogeneous in the radius: it has no biases on its values.
-        radius = round_up(radius * (attention.radius_out / attention.radius_in))
+        if radius > 0:
+            radius = round_up(radius * (attention.radius_out / attention.radius_in))
         mlp = _prove_wider(dense, certificate, mlp, radius)
         radii.append(radius)
         blocks += [attention, mlp]
@@ -109,7 +112,11 @@ def block_delta(
 
     Returns:
         l2 bound, residual weight included; exactly 0 when nothing changed.
+
+    Raises:
+        CertificateError: if more than the down projection differs.
     """
+    _require_kept_rows(dense, pruned, kept_K)
     change = _parameters(dense)
     down_CF = change["down.weight"].clone()
     down_CF[:, kept_K.cpu()] -= exact64(pruned.down.weight)
@@ -235,6 +242,19 @@ def _norm_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> float:
         size_C.norm()
     )
     return round_up(float(value_C.norm()) + rounding)
+
+
+def _require_kept_rows(dense: Any, pruned: Any, kept_K: Tensor) -> None:
+    """Refuse a pair whose hidden activations differ: the bound only sees the down projection."""
+    unit, rows_K = dense.layer.unit, kept_K.to(dense.up.weight.device)
+    is_same = torch.equal(kept_K, block_indices(kept_K[::unit] // unit, unit))
+    for name, tensor in dense.up.state_dict().items():
+        is_same = is_same and torch.equal(pruned.up.state_dict()[name], tensor[rows_K])
+    if not is_same:
+        raise CertificateError(
+            "pruned MLP: its up projection is not the kept rows of the dense one, so its change "
+            "cannot be certified; prune with compress.prune"
+        )
 
 
 def _parameters(mlp: Any) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ POOL_FACTOR = 4
 MAX_BLOCK = 64
 RIDGE_LIMIT = 1e-2
 """Largest ridge tried where a smaller one fails, relative to the mean diagonal."""
+FLOOR = 1e-300
+"""Ridge of a Gram that is exactly zero: a layer whose neurons never fire."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -89,11 +91,11 @@ def regular_cholesky(gram_II: Tensor, penalty: float) -> Tensor:
     mean = float(gram_II.diagonal().mean())
     identity = torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
     ridge = penalty
-    while ridge <= max(RIDGE_LIMIT * mean, penalty):
+    while ridge <= max(RIDGE_LIMIT * mean, penalty, FLOOR):
         factor_II, info = torch.linalg.cholesky_ex(gram_II + ridge * identity)
         if not info:
             return factor_II
-        ridge = max(10 * ridge, 1e-12 * mean)
+        ridge = max(10 * ridge, 1e-12 * mean, FLOOR)
     raise ConfigError(
         f"Gram matrix (size {len(gram_II)}) is not positive semi-definite or not finite; "
         "calibrate with more tokens"

@@ -32,7 +32,7 @@ class PruneReport:
     Attributes:
         settings: What was asked for.
         removed_fraction: Removed share of the MLP parameters.
-        params: Parameters of the pruned model over those of the dense one.
+        params_fraction: Parameters of the pruned model over those of the dense one.
         measured_deviation: Largest one seen on held-out text.
         semi_empirical_deviation: Largest per-block changes seen there, certified propagation.
         certified_deviation: Bound over every input of the certificate's domain.
@@ -45,7 +45,7 @@ class PruneReport:
 
     settings: CompressConfig
     removed_fraction: float
-    params: float
+    params_fraction: float
     measured_deviation: float
     semi_empirical_deviation: float
     certified_deviation: float
@@ -64,7 +64,7 @@ class PruneReport:
             "format_version": FORMAT_VERSION,
             "settings": settings,
             "removed_fraction": self.removed_fraction,
-            "params": self.params,
+            "params_fraction": self.params_fraction,
             "measured_deviation": self.measured_deviation,
             "semi_empirical_deviation": self.semi_empirical_deviation,
             "certified_deviation": self.certified_deviation,
@@ -152,7 +152,7 @@ def make_report(
     return PruneReport(
         settings=settings,
         removed_fraction=pruning.removed_fraction,
-        params=_parameters(pruning.model) / _parameters(dense),
+        params_fraction=_parameters(pruning.model) / _parameters(dense),
         measured_deviation=measured.logits,
         semi_empirical_deviation=semi,
         certified_deviation=deviation.logits,
@@ -215,6 +215,8 @@ def _check_order(measured: float, semi: float, certified: float) -> None:
 def _proved_share(measured: Measured, deviation: Deviation) -> float:
     """Return the share of positions whose margin exceeds what a pair of logits can move."""
     proof = deviation.certificate
+    if proof.head_norm == 0:
+        return float((measured.margins_M > 0).double().mean())
     stream = deviation.logits * math.sqrt(proof.vocab_size) / proof.head_norm
     moved = round_up(round_up(stream) * proof.pair_norm)
     return float((measured.margins_M > moved).double().mean())

@@ -31,6 +31,18 @@ def test_keeping_everything_returns_the_weights_themselves(make_problem, method)
     assert reconstruction_error(problem, everything, new) == 0.0
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cap", [0.1, float("inf")])
+def test_a_silent_layer_keeps_its_weights_under_the_cap(make_problem, method, cap):
+    """No activation at all: nothing to fit, so the originals stay, clipped where a cap asks."""
+    problem, _ = make_problem("free")
+    silent = Problem(gram_II=torch.zeros_like(problem.gram_II), weight_IO=problem.weight_IO)
+    expected = problem.weight_IO[KEPT]
+    if method == "lsq_capped":
+        expected = clip_spectrum(expected, cap)
+    assert torch.equal(compensate(silent, KEPT, method, cap=cap), expected)
+
+
 @pytest.mark.parametrize("kind", ["free", "low_rank", "clusters"])
 def test_least_squares_equals_the_regression_on_data(make_problem, kind):
     """Oracle: torch.linalg.lstsq on rows with exactly this Gram matrix."""

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from common.errors import CertificateError
 from common.models.config import ACTIVATIONS
 from compress.compensate import METHODS
 from compress.deviation import block_delta, branch_bound, certified_deviation
 from compress.measure import measure_deviation
 from compress.pruner import prune_model
+from compress.record import make_report
 from compress.settings import CompressConfig
 from compress.surgery import shrink
 from solvers.bounds import certify
@@ -155,3 +157,32 @@ def test_more_effort_never_hurts(make_model):
         for evals in (0, 60)
     )
     assert slow <= quick * (1 + 1e-9)
+
+
+def test_a_changed_up_projection_is_refused(make_model):
+    """The bound reads the down projections alone: other rows, or half a pair, are not covered."""
+    dense, _, pruning = pruned_pair(make_model, "maxmin")
+    old, new, kept_K = dense.layers[0].mlp, pruning.model.layers[0].mlp, pruning.kept[0]
+    assert block_delta(old, new, kept_K, 1.0) > 0
+    with pytest.raises(CertificateError, match="kept rows"):
+        block_delta(old, new, kept_K.flip(0), 1.0)
+    with torch.no_grad():
+        new.up.bias[0] += 1e-6
+    with pytest.raises(CertificateError, match="kept rows"):
+        block_delta(old, new, kept_K, 1.0)
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "head.weight", "layers.0.mlp.up.weight"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_all_zero_matrices_are_bounded_like_any_other(make_model, name, bias):
+    """Measured <= certified where radii, head norm or activations vanish."""
+    dense = make_model("maxmin", bias=bias)
+    with torch.no_grad():
+        dense.get_parameter(name).zero_()
+    certificate = certify(dense, tighten=False)
+    tokens_BT = torch.randint(11, (24, 16), generator=torch.Generator().manual_seed(1))
+    settings = CompressConfig(keep=0.6, tokens=1)
+    pruning = prune_model(dense, certificate, tokens_BT, settings)
+    report = make_report(dense, certificate, pruning, tokens_BT, settings)
+    assert report.measured_deviation <= report.certified_deviation < 10
+    assert 0 <= report.certified_top1 <= report.top1_agreement
