@@ -71,6 +71,8 @@ def check_types(settings: Any, *, prefix: str | None = None) -> None:
             kind = getattr(hints[field.name], "__name__", None) or str(hints[field.name])
             if get_origin(hints[field.name]) is not None:
                 kind = str(hints[field.name]).replace("typing.", "")
+            if get_origin(hints[field.name]) is Literal:
+                kind = "one of " + ", ".join(map(str, get_args(hints[field.name])))
             raise ConfigError(f"{prefix}{field.name}={value!r}: expected {kind}; correct it")
         if converted is not value:
             object.__setattr__(settings, field.name, converted)

@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from common.bundle import save_bundle
 from common.config import build
 from common.corpus import Corpus, prepare_corpus
-from common.device import resolve_device
 from common.files import write_json
 from common.models import LipschitzTransformer, ModelConfig
 from common.runs import Outcome, Run, hydra_command
@@ -23,7 +22,7 @@ from train.data import TokenDataModule
 from train.evaluate import bits_per_byte, evaluate, reference_windows
 from train.groups import Constraint, OptimConfig, parameter_groups
 from train.init import initialise, initialise_biases
-from train.loop import build_trainer, quiet
+from train.loop import accelerator_and_devices, build_trainer, quiet
 from train.module import LipschitzModule
 from train.probes import matrix_norms, naive_certificate
 from train.schedules import Schedule
@@ -103,14 +102,15 @@ def read_settings(cfg: DictConfig) -> Settings:
     Raises:
         ConfigError: for the first impossible value.
     """
-    resolve_device(cfg.device)
+    trainer: TrainerConfig = build(cfg.trainer)
+    accelerator_and_devices(cfg.device, trainer.devices)
     return Settings(
         seed=cfg.seed,
         device=cfg.device,
         optim=build(cfg.optim),
         constraint=build(cfg.constraint),
         schedule=build(cfg.schedule),
-        trainer=build(cfg.trainer),
+        trainer=trainer,
         callbacks=build(cfg.callbacks),
     )
 

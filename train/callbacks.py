@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from common.tokenizer import Tokenizer
@@ -89,7 +90,9 @@ class Progress(EachStep):
         batch: Tensor,
         batch_idx: int,
     ) -> None:
-        """Add the batch's tokens and time."""
+        """Add the batch's tokens and time; a GPU is waited for, since it lags behind."""
+        if batch.is_cuda:
+            torch.cuda.synchronize(batch.device)
         self._seconds += time.perf_counter() - self._clock
         self._tokens += batch.shape[0] * (batch.shape[1] - 1) * trainer.world_size
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

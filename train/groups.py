@@ -99,6 +99,11 @@ class OptimConfig:
         one_of("optim.dtype", self.dtype, DTYPES)
         within("optim.momentum", self.momentum, 0.0, 1.0)
         positive("optim.weight_decay", self.weight_decay, zero=True)
+        positive("optim.eps", self.eps, zero=True)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"optim.betas={list(self.betas)}: expected two numbers from 0 to below 1"
+            )
         for pattern, factor in self.target_factors.items():
             positive(f"optim.target_factors.{pattern}", factor)
 

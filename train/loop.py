@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import torch
 
 from common.device import resolve_device
+from common.errors import ConfigError
 from train.settings import TrainerConfig
 
 
@@ -46,10 +48,19 @@ def accelerator_and_devices(device: str, devices: int | str) -> tuple[str, int |
     """Return Lightning's accelerator and devices for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ConfigError: for another name, or CUDA where there is none.
+        ConfigError: for another name, CUDA where there is none, or more devices than there are.
     """
     kind, _, index = resolve_device(device).partition(":")
-    return ("auto" if device == "auto" else kind), [int(index)] if index else devices
+    if index and devices not in (1, "auto"):
+        raise ConfigError(
+            f"trainer.devices={devices}: device={device} names one; use device=cuda for several"
+        )
+    if kind == "cuda" and isinstance(devices, int) and devices > torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.devices={devices}: this machine has {torch.cuda.device_count()} CUDA "
+            "devices; use trainer.devices=auto"
+        )
+    return kind, [int(index)] if index else devices
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class TrainerConfig:
         compile: Compile the model with ``torch.compile``.
         devices: Devices on one node, a count or ``auto``.
         num_nodes: Nodes.
-        strategy: Lightning strategy: ``auto``, ``ddp``.
+        strategy: Lightning strategy, ``auto`` or ``ddp`` (constraints need whole matrices).
         deterministic: Ask for deterministic kernels (bit-exact resume on a GPU needs it).
         val_every: Optimizer steps between validations, 0 for none before the end.
         val_windows: Validation windows of those, spread evenly over the split.
@@ -38,7 +38,7 @@ class TrainerConfig:
     compile: bool = False
     devices: int | str = 1
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: Literal["auto", "ddp"] = "auto"
     deterministic: bool = False
     val_every: int = 100
     val_windows: int = 128
