@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
@@ -36,7 +37,8 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
     Args:
         cfg: Keys ``bundle``, ``data``, ``kv``, ``sampling``, ``engine``, ``generate``,
             ``logger``, ``device``.
-        run: Where to write ``samples.json`` and ``kv_frontier.json``.
+        run: Where to write ``samples.json`` (texts; per new token of the compressed cache the
+            certified deviation and whether it is proved) and ``kv_frontier.json``.
 
     Returns:
         The ``serve/*`` metrics, measured on held-out text; artifacts ``samples`` and
@@ -59,10 +61,7 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
     outputs, seconds = _timed(compressed, prompts, params)
     references, full_seconds = _timed(full, prompts, params)
     scores = _compare(settings, compressed, corpus, engine)
-    samples = [
-        {"prompt": prompt, "full": reference.text, "compressed": output.text}
-        for prompt, reference, output in zip(prompts, references, outputs, strict=True)
-    ]
+    samples = [_sample(*row) for row in zip(prompts, references, outputs, strict=True)]
     _show(samples, policy)
     paths = {"samples": run.directory / "samples.json"}
     write_json(paths["samples"], samples)
@@ -131,6 +130,16 @@ def _timed(
         if output.error is not None:
             log.error("a prompt ended with an error: %s", output.error)
     return outputs, time.perf_counter() - start
+
+
+def _sample(prompt: str, full: RequestOutput, compressed: RequestOutput) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "full": full.text,
+        "compressed": compressed.text,
+        "certified_deviation": compressed.certified_deviation,
+        "certified_top1": compressed.certified_top1,
+    }
 
 
 def _compare(
@@ -211,7 +220,7 @@ def _quality(score: KvScore) -> dict[str, float]:
     return metrics
 
 
-def _show(samples: list[dict[str, str]], policy: Policy) -> None:
+def _show(samples: list[dict[str, Any]], policy: Policy) -> None:
     """Write the texts to standard output; control characters are shown as dots."""
     for sample in samples:
         lines = [f"--- prompt\n{sample['prompt']}", f"--- full cache\n{sample['full']}"]

@@ -93,7 +93,7 @@ class LLM:
             self.engine_config,
             self.policy,
             policy_stats(self.bundle, self.policy),
-            make_ledger(self.bundle, self.model, self.policy, self.engine_config),
+            make_ledger(self.bundle, self.model, self.engine_config),
         )
 
     @torch.inference_mode()
@@ -223,9 +223,9 @@ def policy_stats(bundle: Bundle, policy: Policy | None) -> list[Any] | None:
 
 
 def make_ledger(
-    bundle: Bundle, model: LipschitzTransformer, policy: Policy | None, config: EngineConfig
+    bundle: Bundle, model: LipschitzTransformer, config: EngineConfig
 ) -> EvictionLedger | None:
-    """Return the ledger that bounds eviction error, None without certificate or policy.
+    """Return the ledger that bounds eviction error, None without certificate.
 
     Weights rounded to a smaller dtype are not those that were certified: then there is none.
 

@@ -29,7 +29,7 @@ class EngineConfig:
         deterministic: Make tokens bit for bit independent of other requests in every dtype: each
             request runs its own matrix products on fixed chunks, with all memory reserved. Slower.
         dtype: Weights and cache: "float32", "float64" or "bfloat16"; None keeps the model's.
-        backend: Kernels: "auto", "torch" or "triton".
+        backend: Kernels: "auto" (Triton on CUDA where there is one) or "torch".
         certificate: Bound the logits deviation of every token when the model has a certificate.
         debug: Check the block accounting after every step.
 
@@ -63,7 +63,8 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: expected at least "
                 f"max_num_seqs={self.max_num_seqs}, one token for each request; raise it"
             )
-        one_of("backend", self.backend, ("auto", "torch", "triton"))
+        # "triton" alone is for single kernels: attention has none, so no engine could run on it.
+        one_of("backend", self.backend, ("auto", "torch"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
