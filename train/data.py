@@ -121,9 +121,10 @@ class TokenDataModule(L.LightningDataModule):
         return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the batches of validation windows, sharded by rank."""
+        """Return the batches of validation windows, sharded by rank where there are enough."""
         windows_NT = self.corpus.windows("val", self.context, self.val_windows)
-        if self.trainer is not None:
+        # A rank without any window would log nothing, and the others would wait for it.
+        if self.trainer is not None and len(windows_NT) >= self.trainer.world_size:
             windows_NT = windows_NT[self.trainer.global_rank :: self.trainer.world_size]
         return window_loader(windows_NT, self.val_batch_size)
 

@@ -75,6 +75,14 @@ def test_ranks_see_different_batches_and_disjoint_validation(corpus):
     assert sorted(merged.tolist()) == sorted(expected.tolist())
 
 
+def test_no_rank_is_left_without_validation(corpus):
+    """Fewer windows than ranks: all see all, and the mean over ranks stays the same."""
+    data = module(corpus, val_windows=2)
+    data.trainer = SimpleNamespace(global_rank=2, world_size=3)
+    (batch_BT,) = data.val_dataloader()
+    assert torch.equal(batch_BT, corpus.windows("val", 8, 2))
+
+
 def test_windows_iterate_from_any_batch():
     """Oracle: window_batch."""
     ids = np.arange(50, dtype=np.uint8)
