@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.errors import DataError
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -43,9 +45,16 @@ def write_json(path: Path, value: Any) -> None:
 
     Raises:
         OSError: when the disk is full or the folder is not writable; the old file is untouched.
-        ValueError: when ``value`` holds NaN or infinity.
+        DataError: when ``value`` holds NaN or infinity.
     """
-    replace_bytes(path, to_json(value).encode())
+    try:
+        data = to_json(value).encode()
+    except ValueError as error:
+        raise DataError(
+            f"{path.name}: a figure is NaN or infinite, expected finite ones: the model's weights "
+            "are too large; train it again under a constraint"
+        ) from error
+    replace_bytes(path, data)
 
 
 def replace_bytes(path: Path, data: bytes) -> None:

@@ -71,7 +71,11 @@ def certified_deviation(
 
     Returns:
         Per-block and total bounds. All are 0 when nothing differs.
+
+    Raises:
+        CertificateError: if anything else than the MLPs differs.
     """
+    _require_same_frame(dense, pruned)
     radius = certificate.radius
     deltas, radii, blocks = [], [], []
     for index, kept_K in enumerate(kept):
@@ -242,6 +246,22 @@ def _norm_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> float:
         size_C.norm()
     )
     return round_up(float(value_C.norm()) + rounding)
+
+
+def _require_same_frame(dense: Any, pruned: Any) -> None:
+    """Refuse a pair that differs outside its MLPs: the bound would not see it."""
+    if pruned.config != dense.config.replace(mlp_width=pruned.config.mlp_width):
+        raise CertificateError(
+            "pruned model: its configuration differs from the dense one in more than mlp_width, "
+            "so the change cannot be certified; prune with compress.prune"
+        )
+    own = pruned.state_dict()
+    for name, tensor in dense.state_dict().items():
+        if ".mlp." not in name and not torch.equal(own[name], tensor):
+            raise CertificateError(
+                f"pruned model: {name} differs from the dense one, so the change cannot be "
+                "certified; prune with compress.prune"
+            )
 
 
 def _require_kept_rows(dense: Any, pruned: Any, kept_K: Tensor) -> None:

@@ -76,13 +76,13 @@ class OptimConfig:
     """
 
     matrices: Literal["muon", "adamw"] = "muon"
-    lr: float = 0.05
+    lr: float = 0.07
     embedding: Literal["rows", "adamw"] = "adamw"
-    embedding_lr: float = 0.01
-    vector_lr: float = 0.01
+    embedding_lr: float = 0.1
+    vector_lr: float = 0.1
     targets: Literal["uniform", "modular"] = "uniform"
     target_factors: dict[str, float] = field(default_factory=dict)
-    blocks_mass: float = 16.0
+    blocks_mass: float = 32.0
     momentum: float = 0.95
     nesterov: bool = True
     weight_decay: float = 0.0

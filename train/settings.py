@@ -30,7 +30,7 @@ class TrainerConfig:
         init: Initial biases.
     """
 
-    max_steps: int = 1000
+    max_steps: int = 300
     batch_size: int = 32
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None
@@ -40,9 +40,9 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: Literal["auto", "ddp"] = "auto"
     deterministic: bool = False
-    val_every: int = 100
+    val_every: int = 50
     val_windows: int = 128
-    final_windows: int | None = None
+    final_windows: int | None = 2048
     val_batch_size: int = 64
     init: InitConfig = field(default_factory=InitConfig)
 
@@ -80,8 +80,8 @@ class CallbacksConfig:
     """
 
     log_every: int = 10
-    certificate_every: int = 100
-    sample_every: int = 200
+    certificate_every: int = 20
+    sample_every: int = 100
     sample_prompt: str = ""
     sample_tokens: int = 200
     checkpoint_every: int = 100

@@ -21,7 +21,7 @@ class EngineConfig:
     """Size and behaviour of the engine.
 
     Attributes:
-        block_size: Cache slots per block, a power of two from 8 to 256 (smaller in tests).
+        block_size: Cache slots per block, a power of two up to 256.
         num_blocks: Blocks in the pool; None fits ``max_num_seqs`` full contexts or ``cache_bytes``.
         cache_bytes: Upper limit of an automatically sized pool, in bytes.
         max_num_seqs: Requests that run at the same time.

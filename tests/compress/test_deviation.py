@@ -172,6 +172,19 @@ def test_a_changed_up_projection_is_refused(make_model):
         block_delta(old, new, kept_K, 1.0)
 
 
+def test_changes_outside_the_mlps_are_refused(make_model):
+    """The bound adds up the MLPs' changes: a moved head or another scale is not covered."""
+    dense, certificate, pruning = pruned_pair(make_model, "relu")
+    pruning.model.config = pruning.model.config.replace(final_scale=2.0)
+    with pytest.raises(CertificateError, match="configuration"):
+        certified_deviation(dense, pruning.model, pruning.kept, certificate)
+    pruning.model.config = pruning.model.config.replace(final_scale=dense.config.final_scale)
+    with torch.no_grad():
+        pruning.model.head.weight[0, 0] += 1e-6
+    with pytest.raises(CertificateError, match=r"head\.weight"):
+        certified_deviation(dense, pruning.model, pruning.kept, certificate)
+
+
 @pytest.mark.parametrize("name", ["embedding.weight", "head.weight", "layers.0.mlp.up.weight"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_all_zero_matrices_are_bounded_like_any_other(make_model, name, bias):
