@@ -8,6 +8,7 @@ all. Each layer and key/value head keeps its own set.
 # Legend: R request rows, N table width (blocks), K key/value heads, H query heads, S slots,
 # F rotary bands, T relative distances.
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -77,7 +78,7 @@ class LayerView:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
+class Policy(ABC):
     """Base of all policies; subclasses define ``name``, ``needs_stats`` and ``score``.
 
     Attributes:
@@ -114,16 +115,12 @@ class Policy:
         """Physical length, in tokens, at which a sequence is compacted to ``budget``."""
         return None if self.budget is None else self.budget + self.interval
 
-    def is_due(self, kv_len: int) -> bool:
-        """Return whether a sequence with this many cached tokens must be compacted now."""
-        return self.trigger is not None and kv_len >= self.trigger
-
+    @abstractmethod
     def score(self, view: LayerView) -> Tensor:
         """Return the score of every slot (R, K, S), float; higher is kept.
 
         Values of protected and unfilled slots do not matter.
         """
-        raise NotImplementedError
 
     def protected(self, positions_RKS: Tensor) -> Tensor:
         """Return which slots are sinks or recent (R, K, S), bool.

@@ -100,7 +100,7 @@ class CompressedRun:
             self.outputs[index].append(x[0, 0])
             x = layer.mlp_block(x)
         self.kv_len += 1
-        if self.policy.is_due(self.kv_len):
+        if self.kv_len >= self.policy.trigger:
             self.compact()
         return self.model.logits(x)[0, 0]
 

@@ -98,8 +98,8 @@ def test_window_keeps_sinks_and_the_most_recent_positions():
 def test_trigger_depends_on_the_length_alone():
     """Oracle: budget plus interval; the full policy never compacts."""
     policy = WindowPolicy(budget=20, interval=4, window=3)
-    assert [policy.is_due(length) for length in (20, 23, 24, 99)] == [False, False, True, True]
-    assert not FullPolicy().is_due(10**9)
+    assert policy.trigger == 24
+    assert FullPolicy().trigger is None
 
 
 @pytest.mark.parametrize(
