@@ -185,31 +185,6 @@ def schur_norm(w_OI: Tensor) -> float:
     return math.sqrt(float(magnitude_OI.sum(0).max()) * float(magnitude_OI.sum(1).max()))
 
 
-def power_bound(w_OI: Tensor, doublings: int = 5) -> Tensor:
-    """Return a differentiable upper bound on the spectral norm, for use inside a loss.
-
-    Args:
-        w_OI: Matrix (out, in), floating type; the result has its type and device.
-        doublings: Squarings of the Gram matrix; the bound is at most a factor
-            ``rank ** (1 / (4 * 2 ** doublings))`` above the norm.
-
-    Returns:
-        Scalar tensor; an upper bound in exact arithmetic (no rounding margin).
-    """
-    gram = w_OI @ w_OI.T if w_OI.shape[0] <= w_OI.shape[1] else w_OI.T @ w_OI
-    tiny = torch.finfo(gram.dtype).tiny
-    log_scale = gram.new_zeros(())
-    for _ in range(doublings):
-        norm = torch.linalg.matrix_norm(gram) + tiny
-        scaled = gram / norm
-        gram = scaled @ scaled
-        log_scale = 2 * (log_scale + norm.log())
-    log_norm = (torch.linalg.matrix_norm(gram) + tiny).log() + log_scale
-    power = torch.exp(log_norm / 2 ** (doublings + 1))
-    magnitude_OI = w_OI.abs()
-    return torch.minimum(power, (magnitude_OI.sum(0).max() * magnitude_OI.sum(1).max()).sqrt())
-
-
 def _matrix(w_OI: Tensor) -> Tensor:
     if w_OI.ndim != 2:
         raise ShapeError(f"tensor of shape {tuple(w_OI.shape)}: expected a matrix (out, in)")
