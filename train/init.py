@@ -98,7 +98,8 @@ def initialise_biases(
     """
     if settings.unigram_bias and model.head.bias is not None:
         smoothed_V = np.asarray(counts_V, dtype=np.float64) + 1
-        model.head.bias.copy_(torch.from_numpy(np.log(smoothed_V / smoothed_V.sum())))
+        log_share_V = torch.from_numpy(np.log(smoothed_V / smoothed_V.sum()))
+        model.head.bias[: len(log_share_V)].copy_(log_share_V)
     if not settings.offsets:
         return
     for index, layer in enumerate(model.layers):

@@ -93,6 +93,7 @@ class LayerConfig:
         return self.softmax_scale / self.head_dim
 
 
+_LATER = {"rope_dims": None, "vocab_multiple": 1}
 _PER_LAYER = tuple(field.name for field in dataclasses.fields(LayerConfig))
 
 
@@ -105,6 +106,10 @@ class ModelConfig:
 
     Defaults that depend on others: ``kv_heads = content_heads = heads``, ``head_dim = width /
     heads``, ``mlp_width = mlp_ratio * width``, residual weights ``1 / (2 * layers)``.
+
+    ``rope_dims`` components of every head are rotated (even, at most ``head_dim``; None for all),
+    the others do not see positions. The head's rows are padded to a multiple of ``vocab_multiple``
+    for speed; the surplus rows take no part in the logits, whose number stays ``vocab_size``.
 
     Raises:
         ConfigError: naming the field, its value and what was expected.
@@ -135,11 +140,14 @@ class ModelConfig:
     head_bias: bool = False
     final_scale: float = 1.0
     rope_theta: float = 10000.0
+    rope_dims: int | None = None
+    vocab_multiple: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("vocab_size", "width", "layers", "context", "mlp_ratio", "rope_theta"):
             positive(name, getattr(self, name))
+        positive("vocab_multiple", self.vocab_multiple)
         positive("final_scale", self.final_scale)
         self._set("heads", self.heads)
         heads = self.heads
@@ -157,7 +165,12 @@ class ModelConfig:
         for name in _PER_LAYER:
             self._set(name, getattr(self, name))
         for index in range(self.layers):
-            self.layer(index)
+            self._check_rope(self.layer(index).head_dim)
+
+    @property
+    def head_rows(self) -> int:
+        """Stored rows of the head: ``vocab_size`` rounded up to ``vocab_multiple``."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def layer(self, index: int) -> LayerConfig:
         """Return the settings of one layer."""
@@ -177,8 +190,14 @@ class ModelConfig:
         return self.replace(**updated)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every constructor field as plain JSON types."""
+        """Return every constructor field as plain JSON types.
+
+        Fields that came later are left out at their defaults, so that hashes of older models hold.
+        """
         fields = dataclasses.asdict(self)
+        for name, default in _LATER.items():
+            if fields[name] == default:
+                del fields[name]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
@@ -195,6 +214,13 @@ class ModelConfig:
             return cls(**fields)
         except TypeError as error:
             raise ConfigError(f"model configuration: {error}") from error
+
+    def _check_rope(self, head_dim: int) -> None:
+        dims = head_dim if self.rope_dims is None else self.rope_dims
+        if dims % 2 or not 0 <= dims <= head_dim:
+            raise ConfigError(
+                f"rope_dims={dims}: expected an even number from 0 to head_dim={head_dim}"
+            )
 
     def _set(self, name: str, value: Any, default: Any = None) -> None:
         value = default if value is None else value

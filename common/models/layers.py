@@ -45,7 +45,15 @@ class Attention(nn.Module):
         arXiv 2507.13338 section 4; positional heads and biases: project's addition.
     """
 
-    def __init__(self, index: int, width: int, context: int, theta: float, layer: LayerConfig):
+    def __init__(
+        self,
+        index: int,
+        width: int,
+        context: int,
+        theta: float,
+        layer: LayerConfig,
+        rope_dims: int | None = None,
+    ):
         super().__init__()
         self.index, self.layer, self.context = index, layer, context
         dim = layer.head_dim
@@ -59,7 +67,7 @@ class Attention(nn.Module):
         if layer.position_bias:
             self.position_bias = nn.Parameter(torch.zeros(layer.heads, context))
         # Kept outside the state so that half-precision casts never round the frequencies.
-        self.inverse_frequency = inverse_frequencies(dim, theta)
+        self.inverse_frequency = inverse_frequencies(dim, theta, rope_dims)
 
     def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, D), keys and values (B, K, T, D) before rotation.
@@ -154,10 +162,18 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """An attention block and an MLP block, each a convex residual combination."""
 
-    def __init__(self, index: int, width: int, context: int, theta: float, layer: LayerConfig):
+    def __init__(
+        self,
+        index: int,
+        width: int,
+        context: int,
+        theta: float,
+        layer: LayerConfig,
+        rope_dims: int | None = None,
+    ):
         super().__init__()
         self.layer = layer
-        self.attention = Attention(index, width, context, theta, layer)
+        self.attention = Attention(index, width, context, theta, layer, rope_dims)
         self.mlp = MLP(width, layer)
 
     def attend_block(

@@ -2,6 +2,7 @@
 
 Band f pairs components f and f + D/2; at position p it is rotated by the angle p * w_f with
 w_f = theta^(-2f/D). Rotations are orthogonal, so token norms and certificates do not change.
+With R < D rotated components w_f = theta^(-2f/R), and the bands after them have frequency 0.
 """
 
 # Legend: B batch, H heads, T position, D head width.
@@ -10,10 +11,19 @@ import torch
 from torch import Tensor
 
 
-def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """Return the angular frequencies w_f (head_dim / 2,) in radians per token, float64."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    return theta**-exponent
+def inverse_frequencies(head_dim: int, theta: float, rope_dims: int | None = None) -> Tensor:
+    """Return the angular frequencies w_f (head_dim / 2,) in radians per token, float64.
+
+    Args:
+        head_dim: Head width, even.
+        theta: Base.
+        rope_dims: Rotated components, even; None for all. Bands beyond have frequency 0.
+    """
+    rotated = head_dim if rope_dims is None else rope_dims
+    frequency_F = torch.zeros(head_dim // 2, dtype=torch.float64)
+    exponent = torch.arange(0, rotated, 2, dtype=torch.float64) / max(rotated, 1)
+    frequency_F[: rotated // 2] = theta**-exponent
+    return frequency_F
 
 
 def rotation(positions_BT: Tensor, inverse_frequency: Tensor, dtype: torch.dtype) -> Tensor:

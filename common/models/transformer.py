@@ -26,10 +26,17 @@ class LipschitzTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(
-            Layer(i, config.width, config.context, config.rope_theta, config.layer(i))
+            Layer(
+                i,
+                config.width,
+                config.context,
+                config.rope_theta,
+                config.layer(i),
+                config.rope_dims,
+            )
             for i in range(config.layers)
         )
-        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        self.head = nn.Linear(config.width, config.head_rows, bias=config.head_bias)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return the embedded sequence (B, T, C) of integer tokens (B, T)."""
@@ -61,9 +68,10 @@ class LipschitzTransformer(nn.Module):
         return x_BTC
 
     def logits(self, x_BTC: Tensor) -> Tensor:
-        """Return the logits (B, T, V) of a final stream (B, T, C)."""
+        """Return the logits (B, T, V) of a final stream (B, T, C), without surplus head rows."""
         scaled = self.config.final_scale * nn.functional.linear(x_BTC, self.head.weight)
-        return scaled if self.head.bias is None else scaled + self.head.bias
+        rows_BTV = scaled if self.head.bias is None else scaled + self.head.bias
+        return rows_BTV[..., : self.config.vocab_size]
 
     def forward(
         self,

@@ -143,7 +143,7 @@ def layer_stats(
                     f"calibration statistics {prefix}{name}: expected shape {shape}, found"
                     f" {found}; {remedy}"
                 )
-        frequency_F = inverse_frequencies(layer.head_dim, config.rope_theta)
+        frequency_F = inverse_frequencies(layer.head_dim, config.rope_theta, config.rope_dims)
         stored_F = own.get("inv_freq", torch.zeros(0))
         if stored_F.shape != frequency_F.shape or not torch.allclose(
             stored_F.double(), frequency_F, rtol=FREQUENCY_TOLERANCE, atol=0
