@@ -94,6 +94,11 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """Update and constrain every parameter that has a gradient (``step`` without the closure)."""
         updates = {"muon": self._muon, "rows": self._rows, "adamw": self._adamw}
         for group in self.param_groups:
             active = [p for p in group["params"] if p.grad is not None]
@@ -102,7 +107,6 @@ class Muon(torch.optim.Optimizer):
                 updates[group["kind"]](group, active)
                 if group["constraint"] != "none":
                     self._constrain(group, active, is_first)
-        return loss
 
     def _direction(self, group: dict[str, Any], p: Tensor) -> Tensor:
         state = self.state[p]
