@@ -98,7 +98,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def update(self) -> None:
-        """Update and constrain every parameter that has a gradient (``step`` without the closure)."""
+        """Update and constrain every parameter that has a gradient."""
         updates = {"muon": self._muon, "rows": self._rows, "adamw": self._adamw}
         for group in self.param_groups:
             active = [p for p in group["params"] if p.grad is not None]
