@@ -132,7 +132,7 @@ def line_chart(
         axes.set_xlabel(x_label)
         axes.grid(axis="y", color=TONES["grid"], linewidth=0.6)
 
-    return _svg(draw, f"{y_label} over {x_label}", title=y_label)
+    return render(draw, f"{y_label} over {x_label}", title=y_label)
 
 
 def bar_chart(groups: Sequence[str], series: Sequence[Series], y_label: str) -> str:
@@ -164,7 +164,7 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], y_label: str) -> 
         axes.grid(axis="y", color=TONES["grid"], linewidth=0.6)
         axes.set_axisbelow(True)
 
-    return _svg(draw, y_label, title=y_label)
+    return render(draw, y_label, title=y_label)
 
 
 def time_chart(labels: Sequence[str], seconds: Sequence[float]) -> str:
@@ -189,7 +189,7 @@ def time_chart(labels: Sequence[str], seconds: Sequence[float]) -> str:
         axes.set_xlim(0, 1.15 * max([*seconds, 1e-9]))
         axes.invert_yaxis()
 
-    return _svg(draw, "seconds per stage", size=(5.4, 0.5 + 0.28 * len(labels)))
+    return render(draw, "seconds per stage", size=(5.4, 0.5 + 0.28 * len(labels)))
 
 
 def key(series: Sequence[Series]) -> str:
@@ -223,13 +223,21 @@ def _points(one: Series, *, positive: bool) -> tuple[list[float], list[float]]:
     return [x for x, _ in kept], [y for _, y in kept]
 
 
-def _svg(
+def render(
     draw: Callable[[Any], None],
     description: str,
     *,
     title: str = "",
     size: tuple[float, float] = _SIZE_INCHES,
 ) -> str:
+    """Return what ``draw`` puts on a pair of axes as an ``<svg>`` element.
+
+    Args:
+        draw: Called with the matplotlib axes; it uses the colours of ``TONES``.
+        description: Text alternative of the chart.
+        title: Heading inside the chart.
+        size: Width and height, inches.
+    """
     # The object interface, not pyplot: no global state, no display.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -108,7 +108,7 @@ def quick(monkeypatch):
         draw(Figure().add_subplot())
         return "<svg></svg>"
 
-    monkeypatch.setattr(charts, "_svg", draw_only)
+    monkeypatch.setattr(charts, "render", draw_only)
 
 
 def make_pipeline(root):
