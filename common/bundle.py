@@ -6,6 +6,7 @@ so that a reader finds the old one or the new one, never a mixture.
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from common.bundle_format import (
     FORMAT_VERSION,
     KV_STATS,
     MANIFEST,
+    PROVENANCE,
     TOKENIZER,
     WEIGHTS,
     build_model,
@@ -36,11 +38,13 @@ from common.bundle_format import (
 )
 from common.certificate import Certificate, config_sha256, tensors_sha256
 from common.errors import BackendError, BundleError, CertificateError, LipError
+from common.locate import is_shipped, resolve_bundle
 from common.models import LipschitzTransformer
 from common.tokenizer import Tokenizer, tokenizer_from_json
 
-# Names of shipped models and their directories; none yet.
-SHIPPED: dict[str, Path] = {}
+__all__ = ["Bundle", "extend_bundle", "load_bundle", "resolve_bundle", "save_bundle"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,10 +54,12 @@ class Bundle:
     Attributes:
         path: The directory.
         config: Constructor settings: ``ModelConfig``, or a mapping for a classifier.
-        model: The model in evaluation mode, in its stored precision.
+        model: The model in evaluation mode; weights stored in half precision are float32 here.
         tokenizer: Its tokenizer; None for a classifier.
         compression: What was removed and what it cost, or None.
         kv_stats: Query/key statistics of ``calibrate``, or None.
+        provenance: Command, seed and corpus of the training run (its parent's for a pruned
+            model), or None.
         manifest: Hashes, parent fingerprint, versions, commands.
         void: Why the stored certificate does not speak about these weights, or None.
     """
@@ -64,6 +70,7 @@ class Bundle:
     tokenizer: Tokenizer | None
     compression: dict[str, Any] | None
     kv_stats: dict[str, Tensor] | None
+    provenance: dict[str, Any] | None
     manifest: dict[str, Any]
     void: str | None
     _certificate: Certificate | None = dataclasses.field(repr=False)
@@ -98,8 +105,10 @@ def save_bundle(
     certificate: Certificate | None = None,
     compression: Mapping[str, Any] | None = None,
     kv_stats: Mapping[str, Tensor] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     parent: Bundle | None = None,
     command: str = "",
+    dtype: torch.dtype | None = None,
 ) -> Bundle:
     """Write a model directory, replacing an older bundle at ``path`` as a whole.
 
@@ -110,8 +119,11 @@ def save_bundle(
         certificate: Must be of exactly these weights.
         compression: Plain JSON values; ``parent_fingerprint`` is added when ``parent`` is given.
         kv_stats: Tensors by name.
+        provenance: Plain JSON values, see ``common.provenance``; the parent's when left out.
         parent: The bundle this one was made from.
         command: The command line that made it.
+        dtype: Store the weights rounded to this type (``torch.bfloat16`` halves the size); a
+            certificate must then be of the rounded weights. None keeps the model's own.
 
     Returns:
         The bundle as read back from the disk.
@@ -123,6 +135,8 @@ def save_bundle(
     """
     path = Path(path).expanduser().resolve()
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
     kind, config = describe_model(model)
     if kind == "transformer" and tokenizer is None:
         raise BundleError(f"{path}: a transformer needs its tokenizer; pass one")
@@ -136,7 +150,9 @@ def save_bundle(
         parts[TOKENIZER] = json_bytes(tokenizer.to_json())
     if compression is not None and parent is not None:
         compression = {"parent_fingerprint": parent.fingerprint, **compression}
-    parts |= _optional_parts(compression, kv_stats)
+    if provenance is None and parent is not None:
+        provenance = parent.provenance
+    parts |= _optional_parts(compression, kv_stats, provenance)
     manifest: dict[str, Any] = {
         "kind": kind,
         "parent": parent.fingerprint if parent else None,
@@ -157,6 +173,7 @@ def extend_bundle(
     compression: Mapping[str, Any] | None = None,
     kv_stats: Mapping[str, Tensor] | None = None,
     command: str = "",
+    copy_to: Path | None = None,
 ) -> Bundle:
     """Add or replace parts of a bundle as one step; the model itself stays as it is.
 
@@ -166,15 +183,19 @@ def extend_bundle(
         compression: New content of ``compression.json``.
         kv_stats: New query/key statistics.
         command: The command line that made the parts.
+        copy_to: Where a copy of a shipped model goes, which is extended in its place.
 
     Returns:
-        The bundle as read back from the disk.
+        The bundle as read back from the disk; its ``path`` says where it is.
 
     Raises:
-        BundleError: for a damaged bundle or a place that is not writable; the old bundle stays.
+        BundleError: for a damaged bundle or a place that is not writable, and for a shipped model
+            without ``copy_to``; the old bundle stays.
         CertificateError: when ``certificate`` is of other weights.
     """
     path = resolve_bundle(path)
+    if is_shipped(path):
+        path = _copied(path, copy_to)
     with _writing(path), files.directory_lock(path):
         manifest, contents = read_files(path)
         if certificate is not None:
@@ -236,38 +257,28 @@ def load_bundle(path: str | Path, *, device: str | torch.device = "cpu") -> Bund
         kv_stats=parse_tensors(path, KV_STATS, contents[KV_STATS])
         if KV_STATS in contents
         else None,
+        provenance=parse_json(path, PROVENANCE, contents) if PROVENANCE in contents else None,
         manifest=manifest,
         void=void,
         _certificate=certificate,
     )
 
 
-def resolve_bundle(name: str | Path) -> Path:
-    """Return the directory of a bundle: given itself, by its run directory, or by its name.
-
-    Raises:
-        BundleError: when there is none, saying what would help.
-    """
-    if not isinstance(name, str | Path):
+def _copied(path: Path, target: Path | None) -> Path:
+    """Copy a shipped model out of the installation and return where it is now."""
+    if target is None:
         raise BundleError(
-            f"bundle={name}: expected a directory or a shipped model's name; give a folder that "
-            "lipllm train wrote (a number as ./5)"
+            f"bundle={path.name}: a shipped model is part of the installation and stays as it is; "
+            f"copy the folder {path} and give the copy"
         )
-    for candidate in (Path(name).expanduser().resolve(), SHIPPED.get(str(name))):
-        for path in (candidate, candidate / "bundle") if candidate else ():
-            files.recover_directory(path)
-            if (path / MANIFEST).is_file():
-                return path
-    if Path(name).is_dir():
-        raise BundleError(
-            f"bundle={name}: no {MANIFEST} in it, so it is not a finished bundle; give the folder "
-            "that lipllm train or lipllm compress wrote"
-        )
-    shipped = ", ".join(sorted(SHIPPED)) or "none yet"
-    raise BundleError(
-        f"bundle={name}: no such directory and no shipped model of that name (shipped: {shipped}); "
-        "make one with: lipllm train"
-    )
+    target = target.expanduser().resolve()
+    _require_own(target)
+    with _writing(target), files.staged_directory(target) as stage:
+        for file in sorted(path.iterdir()):
+            files.write_bytes(stage / file.name, file.read_bytes())
+        files.swap_directory(stage, target)
+    log.info("%s: a shipped model stays as it is; the result is a copy in %s", path.name, target)
+    return target
 
 
 def _require_own(path: Path) -> None:
@@ -316,9 +327,13 @@ def _void_reason(
 
 
 def _optional_parts(
-    compression: Mapping[str, Any] | None, kv_stats: Mapping[str, Tensor] | None
+    compression: Mapping[str, Any] | None,
+    kv_stats: Mapping[str, Tensor] | None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
     parts = {}
+    if provenance is not None:
+        parts[PROVENANCE] = json_bytes(dict(provenance))
     if compression is not None:
         parts[COMPRESSION] = json_bytes(dict(compression))
     if kv_stats is not None:

@@ -1,6 +1,7 @@
 """Files of a model directory: names, hashes, and the checks that name a damaged one.
 
-Only ``common.bundle`` uses this module; every error says which file is wrong and what to do.
+Only ``common.bundle`` and ``common.locate`` use this module; every error says which file is wrong
+and what to do.
 """
 
 import contextlib
@@ -28,10 +29,11 @@ WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 COMPRESSION = "compression.json"
 KV_STATS = "kv_stats.safetensors"
+PROVENANCE = "provenance.json"
 CERTIFICATE = ("certificate.json", "certificate.safetensors")
 # The model itself: proofs and statistics can be added without changing its fingerprint.
 _IDENTITY = (CONFIG, WEIGHTS, TOKENIZER)
-_KNOWN = (*_IDENTITY, *CERTIFICATE, COMPRESSION, KV_STATS)
+_KNOWN = (*_IDENTITY, *CERTIFICATE, COMPRESSION, KV_STATS, PROVENANCE)
 
 
 def read_files(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -154,7 +156,10 @@ def build_model(path: Path, data: bytes) -> LipschitzTransformer | LipschitzMLP:
 
 
 def fill_model(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put tensors into a model, keeping their precision; ``BundleError`` for wrong shapes."""
+    """Put tensors into a model; half precision becomes float32; ``BundleError`` for wrong shapes.
+
+    Half precision is for storage: its numbers are exact in float32, sums in it are not.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() | state.keys()):
         found = tuple(state[name].shape) if name in state else None
@@ -163,7 +168,9 @@ def fill_model(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> Non
                 f"{path / WEIGHTS}: tensor {name} is {found or 'missing'}, {CONFIG} expects "
                 f"{expected.get(name) or 'none'}; restore both files of one model"
             )
-    model.load_state_dict(dict(state), assign=True)
+    half = (torch.bfloat16, torch.float16)
+    exact = {name: t.float() if t.dtype in half else t for name, t in state.items()}
+    model.load_state_dict(exact, assign=True)
 
 
 def fingerprint(hashes: Mapping[str, str]) -> str:

@@ -241,7 +241,13 @@ def log10_up(factors: Sequence[float]) -> float:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """Return the sha256 of a tensor's type, shape and raw bytes, in hex."""
+    """Return the sha256 of a tensor's type, shape and raw bytes, in hex.
+
+    Half-precision tensors are hashed as the float32 numbers that they hold exactly: a proof about
+    weights stored in half precision speaks about the float32 model that computes with them.
+    """
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

@@ -12,6 +12,7 @@ import torch
 
 from common.errors import ConfigError
 from common.ledger import versions
+from common.locate import shipped_bundles
 from common.runs import Outcome, Run, hydra_command
 
 EXTRAS = {
@@ -53,7 +54,7 @@ def hints(folder: Path) -> Iterator[str]:
 
 
 def doctor(cfg: Any, run: Run) -> Outcome:
-    """Print versions, devices, extras and advice.
+    """Print versions, devices, shipped models, extras and advice.
 
     Raises:
         ConfigError: if the run directory cannot be written to.
@@ -64,6 +65,8 @@ def doctor(cfg: Any, run: Run) -> Outcome:
     lines.append(f"{'cpu threads':<14} {torch.get_num_threads()}")
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines += [f"{'cuda':<14} {cuda}", f"{'runs in':<14} {run.directory.parent}", ""]
+    shipped = ", ".join(shipped_bundles()) or "none"
+    lines[-1:] = [f"{'models':<14} {shipped}", ""]
     for module, purpose in EXTRAS.items():
         mark = "yes" if is_installed(module) else "no"
         lines.append(f"{module.rpartition('.')[2]:<24} {mark:<4} {purpose}")

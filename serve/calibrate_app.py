@@ -25,11 +25,11 @@ from serve.kv.calibrate import calibrate as collect
 
 
 def calibrate(cfg: DictConfig, run: Run) -> Outcome:
-    """Calibrate the bundle that ``cfg.bundle`` names; it is extended in place.
+    """Calibrate the bundle that ``cfg.bundle`` names; it is extended in place (shipped: a copy).
 
     Args:
         cfg: Keys ``bundle``, ``calibrate``, ``data``, ``device``.
-        run: The run directory; nothing is written there.
+        run: The run directory; only the copy of a shipped model is written there.
 
     Returns:
         The ``serve/calibration_*`` metrics; artifact ``bundle``. ``calibration_stability`` is
@@ -48,7 +48,9 @@ def calibrate(cfg: DictConfig, run: Run) -> Outcome:
     start = time.perf_counter()
     stats, stability = calibrate_bundle(bundle, windows_WT[:, :-1], settings)
     seconds = time.perf_counter() - start
-    extended = extend_bundle(bundle.path, kv_stats=stats, command=run.command)
+    extended = extend_bundle(
+        bundle.path, kv_stats=stats, command=run.command, copy_to=run.directory / "bundle"
+    )
     metrics = {
         "serve/calibration_tokens": float(stats["tokens"]),
         "serve/calibration_seconds": seconds,

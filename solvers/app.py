@@ -37,7 +37,12 @@ def certify(cfg: Any, run: Run) -> Outcome:
         metrics["cert/attack_seconds"] = time.perf_counter() - began
     report = check(bundle.config, bundle.model.state_dict(), certificate)
     metrics["cert/verify_seconds"] = report.seconds
-    extended = extend_bundle(bundle.path, certificate=certificate, command=run.command)
+    extended = extend_bundle(
+        bundle.path,
+        certificate=certificate,
+        command=run.command,
+        copy_to=run.directory / "bundle",
+    )
     return Outcome(
         metrics=_finite(figures(certificate) | metrics),
         artifacts={"bundle": extended.path},

@@ -91,7 +91,8 @@ def test_round_trip_is_bit_exact(tmp_path, changes, dtype):
     assert loaded.compression == {"removed": [1, 2]}
     assert loaded.certificate is None
     for name, tensor in model.state_dict().items():
-        assert loaded.model.state_dict()[name].dtype == dtype
+        exact = torch.float32 if dtype == torch.bfloat16 else dtype
+        assert loaded.model.state_dict()[name].dtype == exact
         assert torch.equal(loaded.model.state_dict()[name], tensor)
     for name, tensor in stats.items():
         assert torch.equal(loaded.kv_stats[name], tensor)
@@ -334,7 +335,7 @@ def test_resolve_bundle(path, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BundleError, match=r"no manifest\.json"):
         resolve_bundle(tmp_path / "empty")
-    with pytest.raises(BundleError, match=r"shipped: none yet.*lipllm train"):
+    with pytest.raises(BundleError, match=r"shipped: .*lipllm train"):
         resolve_bundle("demo-9000")
     for value in (None, 5):
         with pytest.raises(BundleError, match=f"bundle={value}: expected a directory"):

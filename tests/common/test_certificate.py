@@ -136,7 +136,7 @@ def test_damaged_files_are_named(
 
 
 def test_tensor_hash_covers_bits_type_and_shape() -> None:
-    """Oracle: every single change gives another hash; copies and views do not."""
+    """Oracle: every single change gives another hash; copies, views, exact casts do not."""
     tensor = torch.arange(12, dtype=torch.float32).reshape(3, 4)
     base = tensor_sha256(tensor)
     assert tensor_sha256(tensor.T.contiguous().T) == base
@@ -145,7 +145,10 @@ def test_tensor_hash_covers_bits_type_and_shape() -> None:
     changed = [flipped, tensor.reshape(4, 3), tensor.double(), tensor.view(torch.int32)]
     assert len({base, *map(tensor_sha256, changed)}) == 5
     assert tensor_sha256(torch.zeros(0)) != tensor_sha256(torch.zeros(0, 1))
-    assert tensor_sha256(tensor.bfloat16()) != tensor_sha256(tensor.half())
+    rounded = tensor + 1e-4
+    assert tensor_sha256(rounded.bfloat16()) != tensor_sha256(rounded.half())
+    assert tensor_sha256(rounded.bfloat16()) == tensor_sha256(rounded.bfloat16().float())
+    assert tensor_sha256(rounded.bfloat16()) != tensor_sha256(rounded)
 
 
 def test_config_hash_depends_on_every_field() -> None:
