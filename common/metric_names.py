@@ -6,10 +6,10 @@ name that is not declared here is refused. An estimate is never called a bound.
 
 METRICS: dict[str, str] = {
     "data/unigram_entropy_bits": "Entropy of single bytes of the validation text, bits per byte",
-    "train/loss": "Training cross-entropy of a batch, nats per token",
-    "train/val_loss_nats": "Validation cross-entropy, nats per token",
+    "train/loss": "Training cross-entropy of a batch, nats per token or image",
+    "train/val_loss_nats": "Validation cross-entropy, nats per token or image",
     "train/val_bits_per_byte": "Validation cross-entropy, bits per byte of text",
-    "train/val_acc_full": "Validation accuracy of the next token over every position, share",
+    "train/val_acc_full": "Validation accuracy over every position, or every image, share",
     "train/val_acc_ref": "Validation accuracy counted as the reference implementation does, share",
     "train/lr": "Learning rate of the matrices",
     "train/bound_naive": "Sound Lipschitz bound from operator norms, logits RMS per embedding RMS",
@@ -20,6 +20,9 @@ METRICS: dict[str, str] = {
     "train/steps": "Optimizer steps done",
     "train/tokens_seen": "Training tokens consumed",
     "train/tokens_per_s": "Training speed, tokens per second",
+    "train/images_seen": "Training images consumed",
+    "train/images_per_s": "Training speed, images per second",
+    "train/acc_train": "Accuracy on the training images with their labels, noisy ones too, share",
     "cert/reference": "Published Lipschitz formula, for comparison; not a bound for several heads",
     "cert/naive": "Sound Lipschitz bound from operator norms, logits RMS per embedding RMS",
     "cert/tightened": "Sound Lipschitz bound from the solvers, logits RMS per embedding RMS",

@@ -65,6 +65,9 @@ class Progress(EachStep):
     Time is that of training batches alone: validation, certificates and samples are left out.
     """
 
+    speed = "train/tokens_per_s"
+    headline = ("train/val_bits_per_byte", "bits per byte", "tokens/s")
+
     def __init__(self, every: int):
         super().__init__(every)
         self._tokens = self._seconds = 0.0
@@ -75,6 +78,10 @@ class Progress(EachStep):
     def tokens_per_s(self) -> float:
         """Trained positions per second of all devices, over this process' whole run."""
         return self._tokens / self._seconds if self._seconds else 0.0
+
+    def amount(self, batch: Any) -> int:
+        """Return the trained positions in a batch of one rank."""
+        return int(batch.shape[0] * (batch.shape[1] - 1))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Tensor, batch_idx: int
@@ -91,10 +98,10 @@ class Progress(EachStep):
         batch_idx: int,
     ) -> None:
         """Add the batch's tokens and time; a GPU is waited for, since it lags behind."""
-        if batch.is_cuda:
-            torch.cuda.synchronize(batch.device)
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
         self._seconds += time.perf_counter() - self._clock
-        self._tokens += batch.shape[0] * (batch.shape[1] - 1) * trainer.world_size
+        self._tokens += self.amount(batch) * trainer.world_size
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
@@ -107,7 +114,7 @@ class Progress(EachStep):
         metrics = {
             "train/loss": float(loss),
             "train/lr": pl_module.optim.lr * factor,
-            "train/tokens_per_s": tokens / max(seconds, 1e-9),
+            self.speed: tokens / max(seconds, 1e-9),
         }
         log_metrics(trainer, metrics)
 
@@ -116,12 +123,15 @@ class Progress(EachStep):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "/val_" in k}
         log_metrics(trainer, metrics)
         if trainer.is_global_zero and trainer.progress_bar_callback is None:
+            name, what, unit = self.headline
             log.info(
-                "step %d/%d: %.3f bits per byte, %.0f tokens/s",
+                "step %d/%d: %.3f %s, %.0f %s",
                 trainer.global_step,
                 trainer.max_steps,
-                metrics["train/val_bits_per_byte"],
+                metrics[name],
+                what,
                 self.tokens_per_s,
+                unit,
             )
 
 

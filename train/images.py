@@ -1,0 +1,210 @@
+"""Training an image classifier: pixels in, a constrained MLP and its figures out."""
+
+# Legend: N images, B batch, I pixels.
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+
+from common.images import ImageConfig, Images, load_images
+from common.ledger import Outcome, Run
+from common.models import LipschitzMLP, MLPConfig
+from train.callbacks import Checkpoint, EachStep, Progress, log_metrics
+from train.groups import parameter_groups
+from train.image_data import ImageDataModule
+from train.init import initialise
+from train.module import LipschitzModule
+from train.probes import matrix_norms, naive_certificate
+from train.session import Settings, compiled, fit, log_final, store
+
+log = logging.getLogger(__name__)
+
+# Validation images on which the largest activation is measured.
+PROBE_IMAGES = 256
+
+
+def train_images(
+    cfg: DictConfig, source: ImageConfig, shape: MLPConfig, settings: Settings, run: Run
+) -> Outcome:
+    """Train an MLP on the images of ``source`` and write its bundle.
+
+    Args:
+        cfg: Group ``logger``.
+        source: Which images.
+        shape: Hidden layers of the model.
+        settings: Everything else; the pattern ``head`` of caps and target factors means the last
+            matrix. Window counts do not apply: the whole validation split is always read.
+        run: Where; a resumed run continues from its last checkpoint.
+
+    Returns:
+        Loss and accuracy on both parts, speed, naive bound; the artifact ``bundle``; the
+        objective is the share of wrong answers on the validation split.
+
+    Raises:
+        ConfigError, DataError: before anything is trained.
+    """
+    images = load_images(source)
+    model = shape.build(images.inputs, images.classes)
+    settings = _with_last_layer(settings, model)
+    parameter_groups(model, settings.optim, settings.constraint)
+    initialise(model, settings.constraint, settings.seed)
+    module = ImageModule(
+        compiled(model, settings),
+        settings.optim,
+        settings.constraint,
+        settings.schedule,
+        total_steps=settings.trainer.max_steps,
+    )
+    loop = settings.trainer
+    data = ImageDataModule(
+        images, loop.batch_size, seed=settings.seed, val_batch_size=loop.val_batch_size
+    )
+    progress = ImageProgress(settings.callbacks.log_every)
+    callbacks: list[L.Callback] = [
+        progress,
+        CertifyImages(settings.callbacks.certificate_every, images.val_NI[:PROBE_IMAGES]),
+        Checkpoint(settings.callbacks.checkpoint_every, run.directory / "checkpoints"),
+    ]
+    trainer = fit(module, data, callbacks, settings, cfg, run)
+    metrics = _final_metrics(model.eval(), images, settings)
+    metrics |= {
+        "train/params": model.num_parameters,
+        "train/steps": trainer.global_step,
+        "train/images_seen": data.consumed * trainer.world_size * data.images_per_batch,
+        "train/images_per_s": progress.tokens_per_s,
+    }
+    log_final(trainer, metrics)
+    artifacts: dict[str, Path] = {}
+    if trainer.is_global_zero:
+        artifacts["bundle"] = store(run, model.cpu())
+        log.info(
+            "accuracy %.4f, naive bound %.4g, largest norm %.4f",
+            metrics["train/val_acc_full"],
+            metrics["cert/naive"],
+            max(matrix_norms(model).values()),
+        )
+    objective = 1 - metrics["train/val_acc_full"]
+    return Outcome(metrics=metrics, artifacts=artifacts, objective=objective)
+
+
+class ImageModule(LipschitzModule):
+    """Trains a ``LipschitzMLP``; batches are pixels (B, I) and labels (B,)."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the mean loss (nats per image) of a batch and count the batch."""
+        loss, _ = loss_and_hits(self.model, *batch)
+        self.trainer.datamodule.consumed += 1
+        self.log("loss", loss, prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Accumulate loss and accuracy of a batch."""
+        loss, hits = loss_and_hits(self.model, *batch)
+        options: dict[str, Any] = {"batch_size": len(batch[0]), "sync_dist": True, "logger": False}
+        self.log("train/val_loss_nats", loss, **options)
+        self.log("train/val_acc_full", hits, prog_bar=True, **options)
+
+
+class ImageProgress(Progress):
+    """Counts images where text training counts tokens."""
+
+    speed = "train/images_per_s"
+    headline = ("train/val_acc_full", "accuracy", "images/s")
+
+    def amount(self, batch: Any) -> int:
+        """Return the images in a batch of one rank."""
+        return len(batch[0])
+
+
+class CertifyImages(EachStep):
+    """Logs the naive certificate, the norm of every matrix and the largest activation.
+
+    Args:
+        every: Period in steps.
+        probe_BI: Images (B, I) on which the largest activation is measured.
+    """
+
+    def __init__(self, every: int, probe_BI: Tensor):
+        super().__init__(every)
+        self.probe_BI = probe_BI
+
+    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        """Measure on the leading rank; weights are the same on all."""
+        if trainer.is_global_zero:
+            certificate, norms = naive_certificate(pl_module.model), matrix_norms(pl_module.model)
+            figures = {
+                "train/bound_naive": certificate.naive,
+                "train/log10_bound_naive": certificate.log10_naive,
+                "train/max_norm": max(norms.values()),
+                "train/max_activation": max_activation(pl_module.model, self.probe_BI),
+            }
+            log_metrics(trainer, figures | norms)
+
+
+def loss_and_hits(model: Any, x_BI: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy (nats per image) and the share of right answers."""
+    logits_BV = model(x_BI).float()
+    hits = (logits_BV.argmax(dim=-1) == labels_B).float().mean()
+    return F.cross_entropy(logits_BV, labels_B), hits
+
+
+@torch.no_grad()
+def evaluate_images(
+    model: LipschitzMLP, x_NI: Tensor, labels_N: Tensor, batch_size: int = 1024
+) -> tuple[float, float]:
+    """Return loss (nats per image) and accuracy over all images (N, I), in float32."""
+    device = next(model.parameters()).device
+    nats = hits = 0.0
+    for x_BI, labels_B in zip(x_NI.split(batch_size), labels_N.split(batch_size), strict=True):
+        loss, share = loss_and_hits(model, x_BI.to(device), labels_B.to(device))
+        nats += loss.item() * len(x_BI)
+        hits += share.item() * len(x_BI)
+    return nats / len(x_NI), hits / len(x_NI)
+
+
+@torch.no_grad()
+def max_activation(model: LipschitzMLP, x_BI: Tensor) -> float:
+    """Return the largest absolute entry of a hidden activation or logit on images (B, I)."""
+    x_BI = x_BI.to(next(model.parameters()).device)
+    largest = 0.0
+    for linear in model.linears[:-1]:
+        x_BI = model.activate(linear(x_BI))
+        largest = max(largest, float(x_BI.abs().max()))
+    return max(largest, float(model.linears[-1](x_BI).abs().max()))
+
+
+def _final_metrics(model: LipschitzMLP, images: Images, settings: Settings) -> dict[str, float]:
+    size = settings.trainer.val_batch_size
+    nats, accuracy = evaluate_images(model, images.val_NI, images.val_labels_N, size)
+    _, train_accuracy = evaluate_images(model, images.train_NI, images.train_labels_N)
+    certificate = naive_certificate(model)
+    return {
+        "train/val_loss_nats": nats,
+        "train/val_acc_full": accuracy,
+        "train/acc_train": train_accuracy,
+        "cert/naive": certificate.naive,
+        "cert/log10_naive": certificate.log10_naive,
+    }
+
+
+def _with_last_layer(settings: Settings, model: LipschitzMLP) -> Settings:
+    """Let the pattern ``head`` of caps and target factors mean the last matrix."""
+    last = f"linears.{len(model.linears) - 1}."
+
+    def renamed(patterns: Mapping[str, float]) -> dict[str, float]:
+        return {last if name == "head" else name: value for name, value in patterns.items()}
+
+    optim, constraint = settings.optim, settings.constraint
+    return dataclasses.replace(
+        settings,
+        optim=dataclasses.replace(optim, target_factors=renamed(optim.target_factors)),
+        constraint=dataclasses.replace(constraint, caps=renamed(constraint.caps)),
+    )

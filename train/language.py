@@ -1,0 +1,162 @@
+"""Training a language model: text in, a constrained transformer and its figures out."""
+
+import logging
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from common.config import build
+from common.corpus import Corpus, DataConfig, prepare_corpus
+from common.files import write_json
+from common.ledger import Outcome, Run
+from common.models import LipschitzTransformer, ModelConfig
+from train.callbacks import Certify, Checkpoint, Progress, Sample
+from train.data import TokenDataModule
+from train.evaluate import bits_per_byte, evaluate, reference_windows
+from train.groups import parameter_groups
+from train.init import initialise, initialise_biases
+from train.module import LipschitzModule
+from train.probes import matrix_norms, naive_certificate
+from train.session import Settings, compiled, fit, log_final, store
+
+log = logging.getLogger(__name__)
+
+# Rows of the probe batch on which activations are measured, and prompt of a sample, in tokens.
+PROBE_WINDOWS = 4
+PROMPT_TOKENS = 32
+
+
+def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run: Run) -> Outcome:
+    """Train a transformer on the corpus of ``source`` and write its bundle.
+
+    Args:
+        cfg: Groups ``model`` and ``logger``.
+        source: Which text.
+        settings: Everything else.
+        run: Where; a resumed run continues from its last checkpoint.
+
+    Returns:
+        Validation figures, speed, corpus entropy, naive bound; artifacts ``bundle`` and
+        ``samples``; the objective is the validation loss in bits per byte.
+
+    Raises:
+        ConfigError, DataError: before anything is trained.
+    """
+    corpus = prepare_corpus(source)
+    model = build_model(cfg, corpus, settings)
+    data = _data(corpus, model.config, settings)
+    module = LipschitzModule(
+        model,
+        settings.optim,
+        settings.constraint,
+        settings.schedule,
+        total_steps=settings.trainer.max_steps,
+        bytes_per_token=corpus.bytes_per_token,
+    )
+    progress = Progress(settings.callbacks.log_every)
+    callbacks = _callbacks(progress, corpus, model, settings, run.directory)
+    trainer = fit(module, data, callbacks, settings, cfg, run)
+    model.eval()
+    metrics = _final_metrics(model, corpus, settings)
+    metrics |= {
+        "train/params": model.num_parameters,
+        "train/steps": trainer.global_step,
+        "train/tokens_seen": data.consumed * trainer.world_size * data.tokens_per_batch,
+        "train/tokens_per_s": progress.tokens_per_s,
+    }
+    log_final(trainer, metrics)
+    return _outcome(model.cpu(), corpus, metrics, run, trainer)
+
+
+def build_model(cfg: DictConfig, corpus: Corpus, settings: Settings) -> LipschitzTransformer:
+    """Return the initialised model for a corpus; its groups are checked as well."""
+    config = build(cfg.model, vocab_size=corpus.tokenizer.vocab_size)
+    corpus.require(config.context)
+    model = LipschitzTransformer(config)
+    parameter_groups(model, settings.optim, settings.constraint)
+    initialise(model, settings.constraint, settings.seed)
+    counts_V = np.bincount(corpus.tokens("train"), minlength=config.vocab_size)
+    initialise_biases(model, settings.trainer.init, counts_V)
+    return compiled(model, settings)
+
+
+def _data(corpus: Corpus, config: ModelConfig, settings: Settings) -> TokenDataModule:
+    return TokenDataModule(
+        corpus,
+        config.context,
+        settings.trainer.batch_size,
+        seed=settings.seed,
+        val_windows=settings.trainer.val_windows,
+        val_batch_size=settings.trainer.val_batch_size,
+    )
+
+
+def _callbacks(
+    progress: Progress,
+    corpus: Corpus,
+    model: LipschitzTransformer,
+    settings: Settings,
+    directory: Path,
+) -> list[L.Callback]:
+    watch = settings.callbacks
+    context = model.config.context
+    probe_BT = corpus.windows("val", context, PROBE_WINDOWS)[:, :-1]
+    prompt_T = probe_BT[0, :PROMPT_TOKENS]
+    if watch.sample_prompt:
+        prompt_T = torch.from_numpy(corpus.tokenizer.encode(watch.sample_prompt))
+    samples = directory / "samples.txt"
+    # The checkpoint comes last: an interruption must not cut off another callback.
+    return [
+        progress,
+        Certify(watch.certificate_every, probe_BT),
+        Sample(watch.sample_every, samples, corpus.tokenizer, prompt_T, watch.sample_tokens),
+        Checkpoint(watch.checkpoint_every, directory / "checkpoints"),
+    ]
+
+
+def _final_metrics(
+    model: LipschitzTransformer, corpus: Corpus, settings: Settings
+) -> dict[str, float]:
+    loop, context = settings.trainer, model.config.context
+    autocast = loop.precision == "bf16-mixed"
+    windows_NT = corpus.windows("val", context, loop.final_windows)
+    nats, full = evaluate(model, windows_NT, loop.val_batch_size, autocast=autocast)
+    ids = torch.from_numpy(corpus.tokens("val")[: context + 2048].astype(np.int64))
+    overlapping_NT = reference_windows(ids, context)
+    _, reference = evaluate(model, overlapping_NT, loop.val_batch_size, autocast=autocast)
+    return {
+        "train/val_loss_nats": nats,
+        "train/val_bits_per_byte": bits_per_byte(nats, corpus.bytes_per_token),
+        "train/val_acc_full": full,
+        "train/val_acc_ref": reference,
+        "data/unigram_entropy_bits": corpus.unigram_entropy_bits,
+        "cert/naive": naive_certificate(model).naive,
+    }
+
+
+def _outcome(
+    model: LipschitzTransformer,
+    corpus: Corpus,
+    metrics: dict[str, float],
+    run: Run,
+    trainer: L.Trainer,
+) -> Outcome:
+    objective = metrics["train/val_bits_per_byte"]
+    if not trainer.is_global_zero:
+        return Outcome(metrics=metrics, objective=objective)
+    write_json(run.directory / "corpus.json", corpus.describe())
+    artifacts = {"bundle": store(run, model, corpus.tokenizer)}
+    samples = run.directory / "samples.txt"
+    if samples.is_file():
+        artifacts["samples"] = samples
+    log.info(
+        "%.4f bits per byte (single bytes: %.4f), naive bound %.4g, largest norm %.4f",
+        objective,
+        metrics["data/unigram_entropy_bits"],
+        metrics["cert/naive"],
+        max(matrix_norms(model).values()),
+    )
+    return Outcome(metrics=metrics, artifacts=artifacts, objective=objective)

@@ -1,0 +1,105 @@
+"""What every training run shares, whatever it is trained on: settings, the fit, and its end."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+from torch import nn
+
+from common.bundle import save_bundle
+from common.config import build
+from common.ledger import Run
+from common.tokenizer import Tokenizer
+from common.tracking import build_loggers
+from train.callbacks import CHECKPOINT
+from train.groups import Constraint, OptimConfig
+from train.loop import accelerator_and_devices, build_trainer, quiet
+from train.schedules import Schedule
+from train.settings import CallbacksConfig, TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Every settings object of a training run, validated before any work."""
+
+    seed: int
+    device: str
+    optim: OptimConfig
+    constraint: Constraint
+    schedule: Schedule
+    trainer: TrainerConfig
+    callbacks: CallbacksConfig
+
+
+def read_settings(cfg: DictConfig) -> Settings:
+    """Build and validate the settings objects of a configuration.
+
+    Raises:
+        ConfigError: for the first impossible value.
+    """
+    trainer: TrainerConfig = build(cfg.trainer)
+    accelerator_and_devices(cfg.device, trainer.devices)
+    return Settings(
+        seed=cfg.seed,
+        device=cfg.device,
+        optim=build(cfg.optim),
+        constraint=build(cfg.constraint),
+        schedule=build(cfg.schedule),
+        trainer=trainer,
+        callbacks=build(cfg.callbacks),
+    )
+
+
+def fit(
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    callbacks: list[L.Callback],
+    settings: Settings,
+    cfg: DictConfig,
+    run: Run,
+) -> L.Trainer:
+    """Train a module to the end; a resumed run continues from its last checkpoint.
+
+    Args:
+        module: Holds the model, which is trained in place.
+        data: Stateful: its position is part of the checkpoint.
+        callbacks: In order; the one that writes checkpoints comes last.
+        settings: Loop and device.
+        cfg: For its group ``logger``.
+        run: Where.
+    """
+    loggers = build_loggers(build(cfg.logger), run.directory, run)
+    with quiet():
+        trainer = build_trainer(settings.trainer, settings.device, callbacks, loggers)
+        trainer.fit(module, datamodule=data, ckpt_path=_checkpoint(run), weights_only=True)
+    return trainer
+
+
+def log_final(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand the figures of the finished run to every logger and close it."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
+        logger.finalize("success")
+
+
+def store(run: Run, model: nn.Module, tokenizer: Tokenizer | None = None) -> Path:
+    """Write the bundle of a run, made by the present command line, and return its folder."""
+    bundle = run.directory / "bundle"
+    save_bundle(bundle, model, tokenizer, command=" ".join(["lipllm", *sys.argv[1:]]))
+    return bundle
+
+
+def compiled(model: Any, settings: Settings) -> Any:
+    """Return the model, compiled in place where the settings ask for it."""
+    if settings.trainer.compile:
+        model.compile()
+    return model
+
+
+def _checkpoint(run: Run) -> Path | None:
+    path = run.directory / "checkpoints" / CHECKPOINT
+    return path if run.resumed and path.is_file() else None
