@@ -1,138 +1,31 @@
-"""What is watched while a model trains: loss and speed, certificate and norms, text, checkpoints.
-
-Every period counts optimizer steps, so that gradient accumulation does not change it.
-"""
+"""What is watched while a model trains: certificate and norms, text, checkpoints."""
 
 # Legend: B batch, T token position.
 
 import logging
+import re
 import signal
 import threading
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
+from common.files import replace_bytes
 from common.tokenizer import Tokenizer
 from train.probes import continuation, matrix_norms, max_activation, naive_certificate
+from train.progress import EachStep, Progress, log_metrics
+
+__all__ = ["CHECKPOINT", "Certify", "Checkpoint", "EachStep", "Progress", "Sample", "log_metrics"]
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "last.ckpt"
-
-
-class EachStep(L.Callback):
-    """Calls ``on_step`` after every optimizer step (not after every micro-batch).
-
-    Args:
-        every: Period in optimizer steps, 0 for never.
-    """
-
-    def __init__(self, every: int = 1):
-        self.every = every
-        self._seen = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the step that training starts from."""
-        self._seen = trainer.global_step
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Tensor,
-        batch_idx: int,
-    ) -> None:
-        """Find out whether this batch ended a step that is due."""
-        if trainer.global_step == self._seen:
-            return
-        self._seen = trainer.global_step
-        if self.every and self._seen % self.every == 0:
-            self.on_step(trainer, pl_module, outputs)
-
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
-        """Act after a step that is due."""
-
-
-class Progress(EachStep):
-    """Logs loss, learning-rate factor and training speed; ``tokens_per_s`` is the mean so far.
-
-    Time is that of training batches alone: validation, certificates and samples are left out.
-    """
-
-    speed = "train/tokens_per_s"
-    headline = ("train/val_bits_per_byte", "bits per byte", "tokens/s")
-
-    def __init__(self, every: int):
-        super().__init__(every)
-        self._tokens = self._seconds = 0.0
-        self._window = (0.0, 0.0)
-        self._clock = 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Trained positions per second of all devices, over this process' whole run."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    def amount(self, batch: Any) -> int:
-        """Return the trained positions in a batch of one rank."""
-        return int(batch.shape[0] * (batch.shape[1] - 1))
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Tensor, batch_idx: int
-    ) -> None:
-        """Start the clock."""
-        self._clock = time.perf_counter()
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Tensor,
-        batch_idx: int,
-    ) -> None:
-        """Add the batch's tokens and time; a GPU is waited for, since it lags behind."""
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        self._seconds += time.perf_counter() - self._clock
-        self._tokens += self.amount(batch) * trainer.world_size
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
-        """Log loss (nats), learning-rate factor and speed since the last log."""
-        tokens, seconds = self._tokens - self._window[0], self._seconds - self._window[1]
-        self._window = (self._tokens, self._seconds)
-        # The scheduler has moved on: this is the factor of the step just done.
-        factor = pl_module.schedule.factor(trainer.global_step - 1, pl_module.total_steps)
-        loss = trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")
-        metrics = {
-            "train/loss": float(loss),
-            "train/lr": pl_module.optim.lr * factor,
-            self.speed: tokens / max(seconds, 1e-9),
-        }
-        log_metrics(trainer, metrics)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the validation figures, and write one line where no progress bar is shown."""
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "/val_" in k}
-        log_metrics(trainer, metrics)
-        if trainer.is_global_zero and trainer.progress_bar_callback is None:
-            name, what, unit = self.headline
-            log.info(
-                "step %d/%d: %.3f %s, %.0f %s",
-                trainer.global_step,
-                trainer.max_steps,
-                metrics[name],
-                what,
-                self.tokens_per_s,
-                unit,
-            )
+# Ranks ask each other about Ctrl-C only so often: the answer makes a GPU wait.
+AGREE_EVERY = 10
+_SAMPLE = re.compile(r"^=== step (\d+) ===$", re.MULTILINE)
 
 
 class Certify(EachStep):
@@ -148,9 +41,9 @@ class Certify(EachStep):
         self.probe_BT = probe_BT
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
-        """Measure on the leading rank; weights are the same on all."""
+        """Measure on the leading rank; every rank helps to bring the weights together."""
+        model = pl_module.whole()
         if trainer.is_global_zero:
-            model = pl_module.model
             certificate, norms = naive_certificate(model), matrix_norms(model)
             log_metrics(
                 trainer,
@@ -184,11 +77,22 @@ class Sample(EachStep):
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         """Sample on the leading rank, with a seed of its own."""
+        model = pl_module.whole()
         if trainer.is_global_zero:
-            ids = continuation(pl_module.model, self.prompt_T, self.num_tokens)
+            ids = continuation(model, self.prompt_T, self.num_tokens)
             text = self.tokenizer.decode(ids.tolist())
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
                 file.write(f"=== step {trainer.global_step} ===\n{text}\n\n")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Drop samples of steps that an interrupted run did and that happen again now."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and self.path.is_file():
+            text = self.path.read_bytes().decode()
+            for found in _SAMPLE.finditer(text):
+                if int(found[1]) > trainer.global_step:
+                    replace_bytes(self.path, text[: found.start()].encode())
+                    break
 
 
 class Checkpoint(EachStep):
@@ -204,7 +108,7 @@ class Checkpoint(EachStep):
     def __init__(self, every: int, directory: Path):
         super().__init__(1)
         self.period, self.directory = every, directory
-        self._interrupted = False
+        self._interrupted = self._stop = False
         self._previous: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -213,14 +117,19 @@ class Checkpoint(EachStep):
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
-        """Save when due or interrupted; all ranks decide alike."""
-        stop = self._interrupted
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Return whether to save now; all ranks decide alike."""
+        self._stop = self._interrupted
         if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop or (self.period and trainer.global_step % self.period == 0):
-            self.save(trainer)
-        if stop:
+            agrees = trainer.global_step % AGREE_EVERY == 0
+            decide = trainer.strategy.reduce_boolean_decision
+            self._stop = agrees and decide(self._interrupted, all=False)
+        return self._stop or bool(self.period and trainer.global_step % self.period == 0)
+
+    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        """Save, and stop after Ctrl-C."""
+        self.save(trainer)
+        if self._stop:
             log.info("interrupted at step %d; the same command resumes", trainer.global_step)
             raise KeyboardInterrupt
 
@@ -255,9 +164,3 @@ class Checkpoint(EachStep):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
-
-
-def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
-    """Hand metrics of the current step to every logger; further ranks' loggers ignore them."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)

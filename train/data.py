@@ -1,7 +1,8 @@
 """Windows of a token memory map as a stateful Lightning DataModule.
 
-Batch k of rank r is a pure function of (seed, k, r): resuming needs the counter alone, and neither
-worker processes nor prefetching can change what is trained on.
+Batch k of rank r out of W is number ``k W + r`` of one sequence, each a pure function of the seed
+and its number. Resuming needs the counter alone, neither worker processes nor prefetching can
+change what is trained on, and W ranks see what one process sees that accumulates W batches.
 """
 
 # Legend: B batch, T token position.
@@ -19,22 +20,21 @@ from common.corpus import Corpus
 
 
 def window_batch(
-    ids: np.ndarray, context: int, batch_size: int, *, seed: int, index: int, rank: int = 0
+    ids: np.ndarray, context: int, batch_size: int, *, seed: int, index: int
 ) -> Tensor:
-    """Return training batch ``index`` of a rank: random windows, with replacement.
+    """Return training batch ``index``: random windows, with replacement.
 
     Args:
         ids: Token ids (N,), at least ``context + 1``.
         context: Inputs per window (T).
         batch_size: Windows (B).
         seed: Seed of the run.
-        index: Batch number k, from 0.
-        rank: Data-parallel rank r.
+        index: Number in the sequence of all ranks, from 0.
 
     Returns:
         Ids (B, T + 1), int64: inputs and their next tokens.
     """
-    generator = np.random.Generator(np.random.PCG64([seed, index, rank]))
+    generator = np.random.Generator(np.random.PCG64([seed, index, 0]))
     starts_B1 = generator.integers(0, len(ids) - context, size=(batch_size, 1))
     return torch.from_numpy(ids[starts_B1 + np.arange(context + 1)].astype(np.int64))
 
@@ -51,9 +51,10 @@ class Windows(IterableDataset):
         seed: int,
         first: int = 0,
         rank: int = 0,
+        world: int = 1,
     ):
         self.ids, self.context, self.batch_size = ids, context, batch_size
-        self.seed, self.first, self.rank = seed, first, rank
+        self.seed, self.first, self.rank, self.world = seed, first, rank, world
 
     def __iter__(self) -> Iterator[Tensor]:
         index = self.first
@@ -63,8 +64,7 @@ class Windows(IterableDataset):
                 self.context,
                 self.batch_size,
                 seed=self.seed,
-                index=index,
-                rank=self.rank,
+                index=index * self.world + self.rank,
             )
             index += 1
 
@@ -72,8 +72,8 @@ class Windows(IterableDataset):
 class TokenDataModule(L.LightningDataModule):
     """Random training windows and disjoint validation windows of a corpus.
 
-    ``consumed`` counts training batches and is saved with checkpoints; the training step advances
-    it, so that batches which were only prefetched are not lost on resume.
+    ``consumed`` counts training batches of one rank and is saved with checkpoints; the training
+    step advances it, so that batches which were only prefetched are not lost on resume.
 
     Args:
         corpus: The prepared corpus.
@@ -117,6 +117,7 @@ class TokenDataModule(L.LightningDataModule):
             seed=self.seed,
             first=self.consumed,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
+            world=self._world,
         )
         return DataLoader(stream, batch_size=None)
 
@@ -129,12 +130,16 @@ class TokenDataModule(L.LightningDataModule):
         return window_loader(windows_NT, self.val_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of consumed training batches."""
-        return {"consumed": self.consumed}
+        """Return the number of consumed training batches per rank, and of ranks."""
+        return {"consumed": self.consumed, "world": self._world}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after that many batches."""
-        self.consumed = int(state_dict["consumed"])
+        """Continue after that many batches, also with another number of ranks."""
+        self.consumed = int(state_dict["consumed"]) * state_dict.get("world", 1) // self._world
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
 
 
 def window_loader(windows_NT: Tensor, batch_size: int) -> DataLoader:

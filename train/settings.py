@@ -19,9 +19,14 @@ class TrainerConfig:
         gradient_clip_val: Largest gradient norm, or None (Muon ignores the scale of gradients).
         precision: ``32-true`` or ``bf16-mixed`` (autocast; weights and constraints stay float32).
         compile: Compile the model with ``torch.compile``.
+        compile_backend: Its backend: ``inductor``, ``aot_eager``, ``eager`` ...
         devices: Devices on one node, a count or ``auto``.
-        num_nodes: Nodes.
-        strategy: Lightning strategy, ``auto`` or ``ddp`` (constraints need whole matrices).
+        num_nodes: Nodes; more than one needs a launcher (torchrun, SLURM) on each of them.
+        strategy: ``auto``, ``ddp`` (every device holds the model) or ``fsdp2`` (every device holds
+            rows of each parameter; ``fsdp2`` does not go with ``compile``).
+        shard_updates: Under ``ddp``, share the optimizer's matrix work out over the devices.
+        ema: Decay per step of an average of the weights, 0 for none, below 1; the average is what
+            is validated, certified and stored.
         deterministic: Ask for deterministic kernels (bit-exact resume on a GPU needs it).
         val_every: Optimizer steps between validations, 0 for none before the end.
         val_windows: Validation windows of those, spread evenly over the split.
@@ -36,9 +41,12 @@ class TrainerConfig:
     gradient_clip_val: float | None = None
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     compile: bool = False
+    compile_backend: str = "inductor"
     devices: int | str = 1
     num_nodes: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    shard_updates: bool = True
+    ema: float = 0.0
     deterministic: bool = False
     val_every: int = 50
     val_windows: int = 128
@@ -61,6 +69,13 @@ class TrainerConfig:
         for name in ("gradient_clip_val", "final_windows"):
             if getattr(self, name) is not None:
                 positive(f"trainer.{name}", getattr(self, name))
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"trainer.ema={self.ema}: expected 0 to below 1; 0.999 is usual")
+        if self.strategy == "fsdp2" and self.compile:
+            raise ConfigError(
+                "trainer.compile=true: trainer.strategy=fsdp2 runs uncompiled only; use "
+                "trainer.strategy=ddp or trainer.compile=false"
+            )
         is_count = isinstance(self.devices, int) and self.devices >= 1
         if not is_count and self.devices != "auto":
             raise ConfigError(f"trainer.devices={self.devices!r}: expected a count or auto")

@@ -4,7 +4,7 @@ Replicas of a model would otherwise repeat the same arithmetic on every device. 
 shared-out parameter live on its owner alone, and are brought together for a checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from train.exchange import Replicas, Shards, assign_owners, gather_state, update_cost
 from train.optim import Muon
+
+# Constraints that take no longer than sending the result would.
+_CHEAP = ("none", "row_clip")
 
 
 class ShardedMuon(Muon):
@@ -27,7 +30,16 @@ class ShardedMuon(Muon):
     Weights are bit-identical on all ranks after each step. ``state_dict`` has to be called on
     every rank and is complete on rank 0; ``load_state_dict`` takes a complete one, also from
     another number of ranks or from a plain ``Muon``. One rank, or none initialised: plain ``Muon``.
+
+    Args:
+        params: As for ``Muon``.
+        shard: Whether replicated parameters are shared out; sharded ones always are.
+        **settings: As for ``Muon``.
     """
+
+    def __init__(self, params: Iterable[Any], *, shard: bool = True, **settings: Any):
+        self._is_shared_out = shard
+        super().__init__(params, **settings)
 
     def update(self) -> None:
         """Update this rank's share and exchange the results."""
@@ -44,6 +56,7 @@ class ShardedMuon(Muon):
         """Add a group; shares are dealt again."""
         super().add_param_group(param_group)
         self._dealt: Replicas | Shards | None = None
+        self._is_dealt = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all ranks (complete on rank 0); every rank has to call it."""
@@ -87,14 +100,16 @@ class ShardedMuon(Muon):
             id(p)
             for group in self.param_groups
             for p in group["params"]
-            if isinstance(p, DTensor) or group["kind"] == "muon" or group["constraint"] != "none"
+            if isinstance(p, DTensor)
+            or group["kind"] == "muon"
+            or group["constraint"] not in _CHEAP
         }
 
     def _exchange(self) -> Replicas | Shards | None:
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not (dist.is_available() and dist.is_initialized()):
             return None
-        if self._dealt is None:
-            self._dealt = self._deal()
+        if not self._is_dealt:
+            self._dealt, self._is_dealt = self._deal(), True
         return self._dealt
 
     def _deal(self) -> Replicas | Shards | None:
@@ -105,10 +120,11 @@ class ShardedMuon(Muon):
                 if id(p) in shared:
                     params.append(p)
                     costs.append(update_cost(p.shape, group["slices"]))
-        if not params:
-            return None
         world_size = dist.get_world_size()
-        kind = Shards if isinstance(params[0], DTensor) else Replicas
+        is_sharded = any(isinstance(p, DTensor) for p in params)
+        if not is_sharded and (not params or world_size == 1 or not self._is_shared_out):
+            return None
+        kind = Shards if is_sharded else Replicas
         owners = assign_owners(costs, world_size)
         return kind(params, owners, dist.get_rank(), world_size)
 

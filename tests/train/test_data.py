@@ -1,4 +1,4 @@
-"""Training windows: batch k is a pure function of (seed, k, rank); resume needs a counter."""
+"""Training windows: a batch is a pure function of seed and number; resume needs a counter."""
 
 from types import SimpleNamespace
 
@@ -33,13 +33,13 @@ def take(data, count):
 def test_window_batch_is_pure_and_cuts_real_text():
     """Oracle: windows of a counting sequence count; equal arguments give equal batches."""
     ids = np.arange(100, dtype=np.uint8)
-    first = window_batch(ids, 9, 5, seed=3, index=7, rank=1)
+    first = window_batch(ids, 9, 5, seed=3, index=7)
     assert first.shape == (5, 10)
     assert first.dtype == torch.int64
     assert torch.equal(first - first[:, :1], torch.arange(10).expand(5, 10))
-    assert torch.equal(first, window_batch(ids, 9, 5, seed=3, index=7, rank=1))
-    for other in ({"seed": 4}, {"index": 8}, {"rank": 0}):
-        changed = {"seed": 3, "index": 7, "rank": 1} | other
+    assert torch.equal(first, window_batch(ids, 9, 5, seed=3, index=7))
+    for other in ({"seed": 4}, {"index": 8}):
+        changed = {"seed": 3, "index": 7} | other
         assert not torch.equal(first, window_batch(ids, 9, 5, **changed))
 
 
@@ -83,12 +83,23 @@ def test_no_rank_is_left_without_validation(corpus):
     assert torch.equal(batch_BT, corpus.windows("val", 8, 2))
 
 
-def test_windows_iterate_from_any_batch():
-    """Oracle: window_batch."""
+def test_ranks_share_out_one_sequence_of_batches():
+    """Oracle: window_batch; two ranks take turns in what one process sees."""
     ids = np.arange(50, dtype=np.uint8)
-    stream = iter(Windows(ids, 4, 2, seed=5, first=3, rank=1))
-    for index in (3, 4):
-        assert torch.equal(next(stream), window_batch(ids, 4, 2, seed=5, index=index, rank=1))
+    alone = Windows(ids, 4, 2, seed=5, first=6)
+    ranks = [iter(Windows(ids, 4, 2, seed=5, first=3, rank=rank, world=2)) for rank in (0, 1)]
+    for number, batch_BT in zip(range(6, 10), alone, strict=False):
+        assert torch.equal(batch_BT, window_batch(ids, 4, 2, seed=5, index=number))
+        assert torch.equal(batch_BT, next(ranks[number % 2]))
+
+
+def test_position_survives_a_change_of_the_number_of_ranks(corpus):
+    """Oracle: six batches of two ranks are twelve of one, and four of three."""
+    for world, expected in ((1, 12), (2, 6), (3, 4)):
+        data = module(corpus)
+        data.trainer = SimpleNamespace(global_rank=0, world_size=world)
+        data.load_state_dict({"consumed": 6, "world": 2})
+        assert data.consumed == expected
 
 
 def test_short_corpus_is_a_data_error(tmp_path):
