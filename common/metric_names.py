@@ -47,6 +47,19 @@ METRICS: dict[str, str] = {
     "attack/gradient": "Sensitivity found by the gradient attack (estimate from below)",
     "attack/random": "Sensitivity found by random directions (estimate from below)",
     "attack/seconds": "Time of the attacks, seconds",
+    "robust/inputs": "Images or text positions whose certified radius was computed",
+    "robust/accuracy": "Accuracy on them without perturbation, share",
+    "robust/median_radius": "Median certified l2 radius: of an image, or of each token's embedding",
+    "robust/median_row_distance": "Median l2 distance between embedding rows: the unit of shares",
+    "robust/certified_swap": "Share of positions where exchanging the two closest tokens is proved "
+    "harmless",
+    "robust/seconds": "Time of the robustness evaluation, seconds",
+    **{
+        f"robust/certified_top1_{where}{share}": "Share of positions whose top-1 is proved to stay "
+        f"while every embedding moves by {share} % of the median row distance, {meaning}"
+        for where, meaning in (("", "inside the certified ball"), ("space_", "in any direction"))
+        for share in (1, 5, 10, 25)
+    },
     "solve/residual": "Fixed-point residual at the end",
     "solve/error": "Distance to the solution, or the game's duality gap: zero when solved",
     "solve/iterations": "Iterations",
@@ -90,6 +103,9 @@ METRICS: dict[str, str] = {
 FAMILIES: dict[str, str] = {
     "train/norm/": "RMS to RMS norm of one weight matrix",
     "cert/block/": "Lipschitz constant of one residual block",
+    "robust/certified_acc/": "Share of attacked inputs that is right and certified at a radius",
+    "robust/fgsm_acc/": "Accuracy under one gradient step of a radius (estimate from above)",
+    "robust/pgd_acc/": "Accuracy under projected gradient descent at a radius (estimate)",
 }
 
 # The pipeline's summary shows the pruned model's figures beside the dense model's.

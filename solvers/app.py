@@ -12,6 +12,7 @@ from common.errors import BundleError
 from common.models import LipschitzTransformer
 from common.runs import Outcome, Run, hydra_command
 from solvers import bounds
+from solvers.attack_app import attack
 from solvers.bounds.attack import with_attack
 from solvers.bounds.checker import check
 from solvers.solve_app import solve
@@ -67,27 +68,6 @@ def verify(cfg: Any, run: Run) -> Outcome:
         "verify/naive": report.naive,
     }
     return Outcome(metrics=_finite(metrics))
-
-
-def attack(cfg: Any, run: Run) -> Outcome:
-    """Attack the model of ``cfg.bundle``; reads ``bundle``, ``certify`` and ``seed``."""
-    settings = build(cfg.certify).attacks(int(cfg.seed))
-    bundle = _transformer(load_bundle(cfg.bundle))
-    began = time.perf_counter()
-    result = bounds.attack(bundle.model, bundle.certificate, settings=settings)
-    if bundle.certificate is not None:
-        # For its error alone: a value above a bound refutes the proof.
-        with_attack(bundle.certificate, result)
-    return Outcome(
-        metrics={
-            "attack/best": result.value,
-            "attack/structured": result.structured,
-            "attack/gradient": result.gradient,
-            "attack/random": result.random,
-            "attack/seconds": time.perf_counter() - began,
-        },
-        objective=result.value,
-    )
 
 
 def figures(certificate: Certificate) -> dict[str, float]:

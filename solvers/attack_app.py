@@ -1,0 +1,122 @@
+"""Command ``attack``: search the largest sensitivity, and with data evaluate robustness."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from common.bundle import Bundle, load_bundle
+from common.config import build
+from common.corpus import DataConfig, prepare_corpus
+from common.device import resolve_device
+from common.errors import CertificateError, ConfigError
+from common.files import write_json
+from common.images import ImageConfig, load_images
+from common.models import LipschitzTransformer
+from common.runs import Outcome, Run
+from solvers import bounds
+from solvers.bounds.attack import with_attack
+from solvers.robustness import Evaluation, ImageEvaluator, RobustnessSettings, TextEvaluator
+from solvers.robustness.text import attack_windows
+
+log = logging.getLogger(__name__)
+
+ROBUSTNESS_FILE = "robustness.json"
+
+
+def attack(cfg: Any, run: Run) -> Outcome:
+    """Attack the model of ``cfg.bundle``.
+
+    Args:
+        cfg: Keys ``bundle``, ``certify`` (budget of the search for large ratios), ``data``,
+            ``robustness``, ``seed``, ``device``. Without ``data`` only a transformer's Lipschitz
+            constant is attacked; with it, inputs of the validation split are certified and
+            attacked too.
+        run: Where ``robustness.json`` goes.
+
+    Returns:
+        The ``attack/*`` and ``robust/*`` metrics; with data the artifact ``robustness``. The
+        objective is the largest ratio found.
+
+    Raises:
+        CertificateError: if anything found exceeds what is proved.
+        LipError: for anything the user can correct.
+    """
+    search = build(cfg.certify).attacks(int(cfg.seed))
+    settings: RobustnessSettings = build(cfg.robustness)
+    data = build(cfg.data) if cfg.get("data") else None
+    bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
+    is_text = isinstance(bundle.model, LipschitzTransformer)
+    _check_data(bundle, data, is_text=is_text)
+    metrics: dict[str, float] = {}
+    artifacts: dict[str, Path] = {}
+    best = None
+    if is_text:
+        metrics |= _lipschitz(bundle, search)
+        best = metrics["attack/best"]
+    if data is None:
+        log.info(
+            "certified accuracy and attacked accuracy need data: add data=NAME (as in lipllm train)"
+        )
+    else:
+        began = time.perf_counter()
+        evaluate = _text if is_text else _images
+        found = evaluate(bundle, data, settings, int(cfg.seed))
+        metrics |= found.metrics() | {"robust/seconds": time.perf_counter() - began}
+        artifacts["robustness"] = run.directory / ROBUSTNESS_FILE
+        write_json(artifacts["robustness"], found.to_dict())
+    return Outcome(metrics=metrics, artifacts=artifacts, objective=best)
+
+
+def _check_data(bundle: Bundle, data: Any, *, is_text: bool) -> None:
+    if data is None and not is_text:
+        raise ConfigError(
+            f"bundle={bundle.path}: holds a {bundle.kind}, expected images to attack; add "
+            "data=NAME (as in lipllm train)"
+        )
+    expected = DataConfig if is_text else ImageConfig
+    if data is not None and not isinstance(data, expected):
+        raise ConfigError(
+            f"data: {type(data).__name__} for a {bundle.kind}, expected "
+            f"{'text' if is_text else 'images'}; choose another data=NAME"
+        )
+
+
+def _lipschitz(bundle: Bundle, search: bounds.AttackSettings) -> dict[str, float]:
+    began = time.perf_counter()
+    result = bounds.attack(bundle.model, bundle.certificate, settings=search)
+    if bundle.certificate is not None:
+        # For its error alone: a value above a bound refutes the proof.
+        with_attack(bundle.certificate, result)
+    return {
+        "attack/best": result.value,
+        "attack/structured": result.structured,
+        "attack/gradient": result.gradient,
+        "attack/random": result.random,
+        "attack/seconds": time.perf_counter() - began,
+    }
+
+
+def _text(bundle: Bundle, data: DataConfig, settings: RobustnessSettings, seed: int) -> Evaluation:
+    if bundle.certificate is None:
+        raise CertificateError(
+            f"{bundle.path}: no certificate, expected one to compare attacks with; run: lipllm "
+            f"certify bundle={bundle.path}"
+        )
+    bounds.verify(bundle)
+    corpus = prepare_corpus(data, bundle.tokenizer)
+    context = bundle.config.context
+    limit = None if settings.tokens is None else max(1, settings.tokens // context)
+    windows_WT = corpus.windows("val", context, limit)
+    evaluator = TextEvaluator(bundle.model, bundle.certificate, settings)
+    chosen_WT = attack_windows(windows_WT, settings.attack_tokens)
+    return evaluator.evaluate(windows_WT, chosen_WT, seed=seed, tokenizer=bundle.tokenizer)
+
+
+def _images(
+    bundle: Bundle, data: ImageConfig, settings: RobustnessSettings, seed: int
+) -> Evaluation:
+    images = load_images(data)
+    limit = settings.images or len(images.val_labels_N)
+    evaluator = ImageEvaluator(bundle.model, settings)
+    return evaluator.evaluate(images.val_NI[:limit], images.val_labels_N[:limit], seed=seed)
