@@ -15,7 +15,8 @@ import yaml
 from common.errors import DataError
 from common.metrics_file import METRICS_FILE, read_metrics
 
-SUMMARY, RECORD = "summary.json", "run.json"
+SUMMARY, RECORD, ERROR = "summary.json", "run.json", "error.txt"
+OVERRIDES = Path(".hydra") / "overrides.yaml"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,25 @@ class StageRun:
         return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     @property
+    def status(self) -> str:
+        """``finished``, ``failed: REASON`` or ``unfinished`` (running or interrupted)."""
+        if self.summary:
+            return "finished"
+        try:
+            lines = (self.directory / ERROR).read_text("utf-8").strip().splitlines()
+        except (OSError, ValueError):
+            return "unfinished"
+        return f"failed: {lines[0] if lines else 'no reason recorded'}"
+
+    @property
+    def command(self) -> str:
+        """Which command ran; for a run that left nothing, its stage name."""
+        return str(self.record.get("command") or self.summary.get("command") or self.name)
+
+    @property
     def command_line(self) -> str:
         """The command as it can be typed again."""
-        command = self.record.get("command") or self.summary.get("command") or self.name
-        return " ".join(["lipllm", command, *(shlex.quote(text) for text in self.overrides)])
+        return " ".join(["lipllm", self.command, *(shlex.quote(text) for text in self.overrides)])
 
     def artifact(self, name: str) -> Path | None:
         """Return the path of an artifact, or None."""
@@ -152,16 +168,23 @@ def read_story(directory: Path) -> Story:
 def read_sweep(directory: Path) -> list[StageRun]:
     """Return the runs below a directory, in name order; runs inside a run are its stages.
 
+    Cells that failed or are unfinished are among them; see ``StageRun.status``.
+
     Raises:
         DataError: when there is no directory or no run in it.
     """
     if not directory.is_dir():
         raise DataError(f"sweep={directory}: no such directory; give a folder with runs")
+    folders = {path.parent for name in (SUMMARY, RECORD, ERROR) for path in directory.rglob(name)}
+    folders |= {path.parents[1] for path in directory.rglob(str(OVERRIDES))}
     runs = []
-    for path in sorted(directory.rglob(SUMMARY)):
-        outer = [p for p in path.parent.parents if directory in p.parents]
-        run = None if any((p / RECORD).is_file() for p in outer) else read_run(path.parent)
-        if run is not None and run.summary.get("command") != "report":
+    for folder in sorted(folders):
+        is_stage = any(outer in folders for outer in folder.parents if directory in outer.parents)
+        run = None if is_stage else _read_cell(folder)
+        if run is not None and "report" not in (
+            run.summary.get("command"),
+            run.record.get("command"),
+        ):
             runs.append(run)
     if not runs:
         raise DataError(
@@ -170,10 +193,20 @@ def read_sweep(directory: Path) -> list[StageRun]:
     return runs
 
 
+def _read_cell(folder: Path) -> StageRun:
+    # A cell that failed early has left nothing but its settings and the reason.
+    found = read_run(folder)
+    if found is not None:
+        return found
+    return StageRun(
+        name=folder.name, directory=folder, summary={}, record={}, overrides=_overrides(folder)
+    )
+
+
 def _overrides(directory: Path) -> tuple[str, ...]:
     # A YAML list of plain strings, written by Hydra.
     try:
-        content = yaml.safe_load((directory / ".hydra" / "overrides.yaml").read_text("utf-8"))
+        content = yaml.safe_load((directory / OVERRIDES).read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return ()
     return tuple(str(item) for item in content) if isinstance(content, list) else ()

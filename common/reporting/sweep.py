@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from common.metric_names import METRICS
 from common.reporting.charts import SERIES_TONES, Series, key, line_chart
+from common.reporting.frontier import SECONDS, constants, frontier, frontier_columns, read_points
 from common.reporting.page import code, escape, figure, figures, kind, number, page, section, table
+from common.reporting.radius import radius_section
 from common.reporting.runs import StageRun
 
 # Shown first and, where a run has no objective, used to order the table; smaller is better.
@@ -32,7 +34,7 @@ class Comparison:
 
     Attributes:
         document: HTML page.
-        table_csv: All settings and metrics as CSV, in the order of the runs.
+        table_csv: Status, all settings and all metrics as CSV, in the same order.
         heads: Columns of the short table: settings that differ, then the most telling metrics.
         rows: Its rows as text.
     """
@@ -44,43 +46,80 @@ class Comparison:
 
 
 def comparison(cells: Sequence[StageRun], name: str) -> Comparison:
-    """Compare the runs of the sweep called ``name``."""
-    settings = [_settings(cell) for cell in cells]
+    """Compare the runs of the sweep called ``name``; those without figures come last."""
+    points = read_points(cells)
+    settings = [_settings(cell, with_seed=bool(points)) for cell in cells]
     names = list(dict.fromkeys(key_ for one in settings for key_ in one))
     varied = [n for n in names if len({one.get(n) for one in settings}) > 1] or names
+    if points:
+        varied = [*(n for n in varied if n != "seed"), "seed"]
     metrics = sorted({metric for cell in cells for metric in cell.metrics}, key=_rank)
-    shown = _columns(cells, metrics)
+    shown = frontier_columns(cells) if points else _columns(cells, metrics)
     order = sorted(range(len(cells)), key=lambda index: _order(cells[index], shown))
-    labels = [
-        [settings[index].get(n, "default") for n in varied] or [cells[index].directory.name]
-        for index in order
-    ]
-    values = [[cells[index].metrics.get(metric) for metric in shown] for index in order]
-    rows = [
-        [*map(escape, texts), *(number(value, 4) for value in numbers)]
-        for texts, numbers in zip(labels, values, strict=True)
-    ]
+    cells, settings = [cells[i] for i in order], [settings[i] for i in order]
+    rows = [_row(*pair, varied, shown) for pair in zip(cells, settings, strict=True)]
     heads = [*(varied or ["run"]), *shown]
-    lead = f"{len(cells)} runs" + (f", best {shown[0]} first." if shown else ".")
+    if any(cell.status != "finished" for cell in cells):
+        heads.append("status")
+        rows = [[*row, _both(c.status)] for row, c in zip(rows, cells, strict=True)]
+    best = "loss" if points else shown[0] if shown else ""
+    markup = [[html for _, html in row] for row in rows]
     parts = [
-        section("Comparison", lead, table(heads, rows, text_columns=max(1, len(varied)))),
-        _plots(cells, settings, varied, shown),
+        frontier(points),
+        radius_section(points),
+        section(
+            "Comparison", _lead(cells, best), table(heads, markup, text_columns=len(varied) or 1)
+        ),
+        "" if points else _plots(cells, settings, varied, shown),
         _origin(cells),
     ]
-    title = f"lipllm sweep: {name}"
+    lead = "Models of one sweep, side by side." if points else "Runs of one sweep, side by side."
     foot = "Written by lipllm report."
-    document = page(title, "Runs of one sweep, side by side.", "\n".join(filter(None, parts)), foot)
-    plain = [
-        [*texts, *("" if value is None else f"{value:.6g}" for value in numbers)]
-        for texts, numbers in zip(labels, values, strict=True)
-    ]
-    table_csv = _csv(cells, settings, names, metrics)
-    return Comparison(document=document, table_csv=table_csv, heads=heads, rows=plain)
+    return Comparison(
+        document=page(f"lipllm sweep: {name}", lead, "\n".join(filter(None, parts)), foot),
+        table_csv=_csv(cells, settings, names, metrics),
+        heads=heads,
+        rows=[[plain for plain, _ in row] for row in rows],
+    )
 
 
-def _settings(cell: StageRun) -> dict[str, str]:
+def _row(
+    cell: StageRun, settings: Mapping[str, str], varied: Sequence[str], shown: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Return the cells of a table's row as plain text and as HTML."""
+    texts = [settings.get(n, "default") for n in varied] or [cell.directory.name]
+    found = constants(cell)
+    return [*map(_both, texts), *(_figure(cell, metric, found) for metric in shown)]
+
+
+def _figure(cell: StageRun, metric: str, found: Mapping[str, float]) -> tuple[str, str]:
+    """Return a figure as plain text and as HTML; a power of ten where only that is known."""
+    name = metric.removeprefix("cert/")
+    value = cell.summary.get(SECONDS) if metric == SECONDS else cell.metrics.get(metric)
+    value = found.get(name, value)
+    log10 = found.get(f"log10_{name}")
+    if value is None and log10 is not None:
+        return f"1e{log10:.1f}", f"10<sup>{log10:.1f}</sup>"
+    return "" if value is None else f"{value:.6g}", number(value, 4)
+
+
+def _both(text: str) -> tuple[str, str]:
+    return text, escape(text)
+
+
+def _lead(cells: Sequence[StageRun], best: str) -> str:
+    failed = sum(cell.status.startswith("failed") for cell in cells)
+    left = sum(cell.status == "unfinished" for cell in cells)
+    parts = [f"{len(cells)} runs", f"best {best} first" if best else ""]
+    parts += [f"{failed} failed" if failed else "", f"{left} unfinished" if left else ""]
+    return ", ".join(filter(None, parts)) + "."
+
+
+def _settings(cell: StageRun, *, with_seed: bool) -> dict[str, str]:
     pairs = (text.lstrip("+").partition("=") for text in cell.overrides)
-    return {name: value for name, _, value in pairs}
+    settings = {name: value for name, _, value in pairs}
+    seed = (cell.record.get("config") or {}).get("seed")
+    return {"seed": str(seed), **settings} if with_seed and seed is not None else settings
 
 
 def _rank(metric: str) -> tuple[int, str]:
@@ -164,10 +203,16 @@ def _lines(
 
 def _origin(cells: Sequence[StageRun]) -> str:
     rows = [
-        [code(cell.directory.name), code(cell.command_line), number(cell.summary.get("seconds"))]
+        [
+            code(cell.directory.name),
+            code(cell.command_line),
+            escape(cell.status),
+            number(cell.summary.get("seconds")),
+        ]
         for cell in cells
     ]
-    return section("Runs", "", table(["Folder", "Command", "seconds"], rows, text_columns=2))
+    heads = ["Folder", "Command", "Status", "seconds"]
+    return section("Runs", "", table(heads, rows, text_columns=3))
 
 
 def _csv(
@@ -178,8 +223,9 @@ def _csv(
 ) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["run", *names, *metrics])
+    writer.writerow(["run", "status", *names, *metrics])
     for cell, one in zip(cells, settings, strict=True):
         values = [cell.metrics.get(metric, "") for metric in metrics]
-        writer.writerow([cell.directory.name, *(one.get(n, "") for n in names), *values])
+        texts = [one.get(n, "") for n in names]
+        writer.writerow([cell.directory.name, cell.status, *texts, *values])
     return buffer.getvalue()
