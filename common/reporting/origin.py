@@ -7,6 +7,7 @@ from common.reporting.charts import time_chart
 from common.reporting.page import (
     code,
     definitions,
+    details,
     escape,
     figure,
     figures,
@@ -66,7 +67,7 @@ def origin(story: Story) -> str:
     hashes = [[escape(s.name), code(str(s.summary.get("config_hash", ""))[:16])] for s in stages]
     parts = [definitions(pairs)]
     if hashes:
-        parts.append(_details("Settings hash of each stage", table(["Stage", "sha256"], hashes)))
+        parts.append(details("Settings hash of each stage", table(["Stage", "sha256"], hashes)))
     every = [
         [code(name), escape(stage.name), number(value, 6)]
         for stage in stages
@@ -74,7 +75,7 @@ def origin(story: Story) -> str:
     ]
     if every:
         parts.append(
-            _details("All metrics", table(["Metric", "Stage", "value"], every, text_columns=2))
+            details("All metrics", table(["Metric", "Stage", "value"], every, text_columns=2))
         )
     return section("Origin", lead, *parts)
 
@@ -100,7 +101,3 @@ def _data_pairs(story: Story, data: Mapping[str, Any]) -> list[tuple[str, str]]:
         text += f"; model {number(bits, 4)} bits per byte" if bits is not None else ""
         pairs.append(("Validation text", text))
     return pairs
-
-
-def _details(title: str, markup: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{markup}</details>"

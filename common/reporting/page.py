@@ -190,6 +190,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: 
     )
 
 
+def details(title: str, markup: str) -> str:
+    """Return a part that is folded away under its title."""
+    return f"<details><summary>{escape(title)}</summary>{markup}</details>"
+
+
 def definitions(pairs: Sequence[tuple[str, str]]) -> str:
     """Return a list of names (plain text) and values (HTML)."""
     items = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in pairs)

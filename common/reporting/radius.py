@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.reporting.frontier import Point, front_of, tones
-from common.reporting.page import escape, figure, figures, kind, percent, section, table
+from common.reporting.page import details, escape, figure, figures, kind, percent, section, table
 from common.reporting.proof import certificate
 from common.reporting.runs import StageRun
 from common.reporting.scatter import Cloud, Curve, curve_chart, marker_key
@@ -20,8 +20,8 @@ MARGINS_FILE = "margins.json"
 RELATIVE = (0.01, 0.05, 0.1, 0.25)
 """Radii of the table, as shares of the median distance between embedding rows."""
 
-_DECADES = 4
-_MOST_STRONG = 5
+_DECADES, _SMALLEST = 4, 1e-12
+_MOST_STRONG, _MOST_ROWS = 5, 12
 _ROUNDING = 1e-12
 
 
@@ -82,15 +82,16 @@ def radius_section(points: Sequence[Point]) -> str:
 def _figure(known: Sequence[tuple[Point, Certified]]) -> str:
     colours = tones([point for point, _ in known])
     strong = _strong([point for point, _ in known])
+    least = max([curve.radii[-1] for _, curve in known]) / 10**_DECADES or _SMALLEST
     lines = [
         Curve(
             label="",
-            x=curve.radii,
-            y=curve.shares,
+            x=_cut(curve, least).radii,
+            y=_cut(curve, least).shares,
             tone=colours[point.optimizer],
             strong=id(point) in strong,
         )
-        for point, curve in (_cut(*pair) for pair in known)
+        for point, curve in known
     ]
     key = [Cloud(label=name, x=(), y=(), tone=tone, marker="s") for name, tone in colours.items()]
     best = ", ".join(
@@ -119,25 +120,26 @@ def _strong(points: Sequence[Point]) -> set[int]:
     return {id(point) for point in front[::step]}
 
 
-def _cut(point: Point, curve: Certified) -> tuple[Point, Certified]:
-    """Start the curve at a radius where it can be seen on a logarithmic axis."""
-    least = curve.radii[-1] / 10**_DECADES
+def _cut(curve: Certified, least: float) -> Certified:
+    """Start the curve at a radius that a logarithmic axis can show."""
     pairs = [(r, s) for r, s in zip(curve.radii, curve.shares, strict=True) if r > least]
-    pairs = [(least, curve.at(least)), *pairs] if least > 0 else [(1e-12, curve.shares[0])]
-    cut = dataclasses.replace(
-        curve, radii=tuple(r for r, _ in pairs), shares=tuple(s for _, s in pairs)
-    )
-    return point, cut
+    pairs = [(least, curve.at(least)), *pairs]
+    radii, shares = zip(*pairs, strict=True)
+    return dataclasses.replace(curve, radii=radii, shares=shares)
 
 
 def _table(known: Sequence[tuple[Point, Certified]]) -> str:
     heads = ["Run", *(f"certified at {100 * radius:g} %" for radius in RELATIVE)]
-    order = sorted(known, key=lambda pair: -pair[1].at(RELATIVE[0]))
+    order = sorted(known, key=lambda pair: [-pair[1].at(radius) for radius in RELATIVE])
     rows = [
         [escape(point.cell.directory.name), *(percent(curve.at(radius)) for radius in RELATIVE)]
         for point, curve in order
     ]
-    return table(heads, rows)
+    return table(heads, rows[:_MOST_ROWS]) + (
+        details(f"{len(rows) - _MOST_ROWS} further runs", table(heads, rows[_MOST_ROWS:]))
+        if len(rows) > _MOST_ROWS
+        else ""
+    )
 
 
 def _stream_bound(cell: StageRun, content: Mapping[str, Any]) -> float | None:

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 
 from common.metric_names import METRICS
 from common.reporting.charts import SERIES_TONES, Series, key, line_chart
-from common.reporting.frontier import SECONDS, constants, frontier, frontier_columns, read_points
+from common.reporting.frontier import (
+    LABELS,
+    SECONDS,
+    constants,
+    frontier,
+    frontier_columns,
+    read_points,
+)
 from common.reporting.page import code, escape, figure, figures, kind, number, page, section, table
 from common.reporting.radius import radius_section
 from common.reporting.runs import StageRun
@@ -68,7 +75,13 @@ def comparison(cells: Sequence[StageRun], name: str) -> Comparison:
         frontier(points),
         radius_section(points),
         section(
-            "Comparison", _lead(cells, best), table(heads, markup, text_columns=len(varied) or 1)
+            "Comparison",
+            _lead(cells, best),
+            table(
+                [LABELS.get(head, head) if points else head for head in heads],
+                markup,
+                text_columns=len(varied) or 1,
+            ),
         ),
         "" if points else _plots(cells, settings, varied, shown),
         _origin(cells),

@@ -302,9 +302,8 @@ def test_sweep_table_is_ordered_and_complete(sweep, tmp_path, capsys):
         ["default", "0.001"], ["default", "0.1"], ["paper", "0.001"], ["paper", "0.1"],
     ]  # fmt: skip
     table = outcome.artifacts["comparison"].read_text().splitlines()
-    assert (
-        table[0] == "run,status,model,optim.lr,seed,train/val_bits_per_byte,cert/naive,train/steps"
-    )
+    heads = "run,status,model,optim.lr,seed,train/val_bits_per_byte,cert/naive,train/steps"
+    assert table[0] == heads
     assert len(table) == 5
     assert page.tags.count("svg") == 1
     assert "lipllm train model=paper +optim.lr=0.1 seed=1" in page.words
