@@ -4,6 +4,7 @@ Validation text is held out as whole documents where there are enough of them, o
 end of the text. Documents are concatenated; each ends with a newline.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,83 +18,37 @@ import torch
 from torch import Tensor
 
 from common import files
-from common.config import check_types, one_of, positive
-from common.errors import ConfigError, DataError
+from common.config import one_of
+from common.corpus_config import CONTINUOUS, DataConfig
+from common.documents import DocumentReader, documents
+from common.errors import DataError
 from common.packing import FORMAT_VERSION, hold_out, write_corpus
+from common.pretrained import GPT2, load_tokenizer
 from common.sources import (
     HUB_CORPORA,
     Files,
     Hub,
     content_sha256,
-    documents,
+    files_stamp,
     local_files,
     stdlib_files,
 )
+from common.streaming import StreamPlan, prepare_stream
 from common.tokenizer import (
-    KINDS,
     Tokenizer,
     tokenizer_from_json,
     tokenizer_sha256,
     train_tokenizer,
 )
 
+__all__ = ["Corpus", "DataConfig", "Split", "prepare_corpus"]
+
 log = logging.getLogger(__name__)
 
-SOURCES = ("stdlib", *HUB_CORPORA, "local", "bytes", "hub")
-# Their rows are consecutive lines of one text, not documents.
-_CONTINUOUS = ("wikitext", "shakespeare", "bytes")
+# A streamed corpus trains its BPE tokenizer on so much of its beginning.
+BPE_SAMPLE_BYTES = 1 << 24
 
 Split = Literal["train", "val"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """What text, which tokenizer, which split.
-
-    Attributes:
-        source: ``stdlib`` (the running interpreter's library), ``shakespeare``, ``wikitext``,
-            ``fineweb`` (from the hub, or from ``path``), ``local`` (text, jsonl or parquet at
-            ``path``), ``bytes`` (any file at ``path``), ``hub`` (data set ``name``).
-        path: File or directory; required for ``local`` and ``bytes``.
-        name: Hub repository, ``owner/name``.
-        subset: Hub subset, or None.
-        column: Text column of jsonl, parquet and hub tables.
-        tokenizer: ``byte``, ``char`` or ``bpe``; ignored where a tokenizer is given.
-        vocab_size: Number of ids of a BPE tokenizer (default 1,024).
-        val_fraction: Share of the bytes held out, above 0, at most 0.5.
-        max_bytes: Use only the first so many bytes, or None for all.
-        cache: Directory of prepared corpora.
-    """
-
-    source: str = "stdlib"
-    path: str | None = None
-    name: str | None = None
-    subset: str | None = None
-    column: str = "text"
-    tokenizer: str = "byte"
-    vocab_size: int | None = None
-    val_fraction: float = 0.1
-    max_bytes: int | None = None
-    cache: str = ".cache"
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        one_of("data.source", self.source, SOURCES)
-        one_of("data.tokenizer", self.tokenizer, KINDS)
-        positive("data.val_fraction", self.val_fraction)
-        if self.val_fraction > 0.5:
-            raise ConfigError(f"data.val_fraction={self.val_fraction}: expected at most 0.5")
-        for field in ("max_bytes", "vocab_size"):
-            if getattr(self, field) is not None:
-                positive(f"data.{field}", getattr(self, field))
-        if self.source in ("local", "bytes") and not self.path:
-            raise ConfigError(f"data.path: data.source={self.source} needs it; set data.path=FILE")
-        if self.source == "stdlib" and self.path:
-            raise ConfigError(
-                f"data.path={self.path}: data.source=stdlib takes no path; use data=local"
-            )
-        if self.source == "hub" and not self.name:
-            raise ConfigError("data.name: data.source=hub needs it; set data.name=OWNER/NAME")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,28 +156,16 @@ def prepare_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Co
         BackendError: when an optional package is needed and missing.
     """
     source = _source(config)
+    if tokenizer is None and (config.tokenizer == "gpt2" or config.tokenizer_path):
+        tokenizer = load_tokenizer(config.tokenizer_path or GPT2)
     directory = Path(config.cache) / "corpora" / _key(config, source, tokenizer)
     name = config.path or config.name or config.source
     found = _open_prepared(directory, name)
     if found is not None:
         return found
-    texts = list(documents(source, config.column, config.max_bytes))
-    if not texts:
-        raise DataError(f"corpus {name}: no text in it; give another")
-    train, val, rule = hold_out(
-        texts,
-        config.val_fraction,
-        whole_documents=config.source not in _CONTINUOUS,
-        is_text=config.source != "bytes",
-    )
-    if tokenizer is None:
-        tokenizer = train_tokenizer(
-            config.tokenizer,
-            [train] if config.tokenizer == "bpe" else [train, val],
-            config.vocab_size,
-        )
     try:
-        write_corpus(directory, tokenizer, (train, val), rule)
+        prepare = _prepare_streamed if config.stream else _prepare_whole
+        prepare(config, source, tokenizer, directory)
     except OSError as error:
         raise DataError(
             f"data.cache={config.cache}: cannot write the prepared corpus "
@@ -234,18 +177,80 @@ def prepare_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Co
     return prepared
 
 
+def _prepare_whole(
+    config: DataConfig, source: Files | Hub, tokenizer: Tokenizer | None, directory: Path
+) -> None:
+    """Read the whole text, divide it exactly, and write the corpus as one step."""
+    texts = list(documents(source, config.column, config.max_bytes))
+    if not texts:
+        raise DataError(f"corpus {config.path or config.name or config.source}: no text in it")
+    train, val, rule = hold_out(
+        texts,
+        config.val_fraction,
+        whole_documents=config.source not in CONTINUOUS,
+        is_text=config.source != "bytes",
+    )
+    if tokenizer is None:
+        tokenizer = train_tokenizer(
+            config.tokenizer,
+            [train] if config.tokenizer == "bpe" else [train, val],
+            config.vocab_size,
+        )
+    write_corpus(directory, tokenizer, (train, val), rule)
+
+
+def _prepare_streamed(
+    config: DataConfig, source: Files | Hub, tokenizer: Tokenizer | None, directory: Path
+) -> None:
+    """Read the text as a stream, continuing an interrupted preparation."""
+    if tokenizer is None:
+        texts = _sample(source, config.column) if config.tokenizer == "bpe" else []
+        tokenizer = train_tokenizer(config.tokenizer, texts, config.vocab_size)
+    prepare_stream(
+        StreamPlan(
+            directory=directory,
+            open=lambda position: DocumentReader(source, config.column, position),
+            tokenizer=tokenizer,
+            val_fraction=config.val_fraction,
+            max_tokens=config.max_tokens,
+            max_bytes=config.max_bytes,
+            is_text=config.source != "bytes",
+        )
+    )
+
+
+def _sample(source: Files | Hub, column: str) -> list[bytes]:
+    texts, size = list[bytes](), 0
+    with contextlib.closing(iter(DocumentReader(source, column))) as rows:
+        for text, _ in rows:
+            texts.append(text)
+            size += len(text)
+            if size >= BPE_SAMPLE_BYTES:
+                break
+    return texts
+
+
 def _source(config: DataConfig) -> Files | Hub:
     if config.source == "stdlib":
         return stdlib_files()
     if config.path:
         return local_files(Path(config.path).expanduser(), as_bytes=config.source == "bytes")
     if config.source in HUB_CORPORA:
-        return HUB_CORPORA[config.source]
-    return Hub(name=str(config.name), subset=config.subset, column=config.column)
+        return dataclasses.replace(HUB_CORPORA[config.source], revision=config.revision)
+    return Hub(
+        name=str(config.name),
+        subset=config.subset,
+        column=config.column,
+        revision=config.revision,
+    )
 
 
 def _key(config: DataConfig, source: Files | Hub, tokenizer: Tokenizer | None) -> str:
-    content = content_sha256(source) if isinstance(source, Files) else dataclasses.asdict(source)
+    content: Any = None
+    if not isinstance(source, Files):
+        content = dataclasses.asdict(source)
+    else:
+        content = files_stamp(source) if config.stream else content_sha256(source)
     parts = {
         "format_version": FORMAT_VERSION,
         "content": content,
@@ -254,6 +259,8 @@ def _key(config: DataConfig, source: Files | Hub, tokenizer: Tokenizer | None) -
         "val_fraction": config.val_fraction,
         "max_bytes": config.max_bytes,
     }
+    if config.stream:
+        parts["stream"] = [config.max_tokens]
     if tokenizer is not None:
         parts["tokenizer"] = tokenizer_sha256(tokenizer)
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

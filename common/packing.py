@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from common import files
-from common.errors import DataError
 from common.tokenizer import Tokenizer, tokenizer_sha256
 
 FORMAT_VERSION = 1
-_LARGEST_VOCABULARY = 1 << 16
 
 
 def hold_out(
@@ -53,9 +51,20 @@ def hold_out(
 
 def entropy_bits(data: bytes) -> float:
     """Return the entropy of single bytes in bits: what a model of byte frequencies needs."""
-    counts = np.bincount(np.frombuffer(data, dtype=np.uint8), minlength=256)
-    shares = counts[counts > 0] / max(1, len(data))
+    return count_entropy_bits(np.bincount(np.frombuffer(data, dtype=np.uint8), minlength=256))
+
+
+def count_entropy_bits(counts: np.ndarray) -> float:
+    """Return the entropy in bits of a distribution given by counts (256,)."""
+    shares = counts[counts > 0] / max(1, counts.sum())
     return float(-(shares * np.log2(shares)).sum()) + 0.0
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Return the smallest unsigned integer type that holds every id."""
+    if vocab_size <= 1 << 8:
+        return "uint8"
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def write_corpus(
@@ -70,15 +79,10 @@ def write_corpus(
         rule: How they were divided, in words.
 
     Raises:
-        DataError: when the vocabulary does not fit 16 bits, or a part cannot be encoded.
+        DataError: when a part cannot be encoded.
         OSError: when the directory cannot be written.
     """
-    if tokenizer.vocab_size > _LARGEST_VOCABULARY:
-        raise DataError(
-            f"vocabulary of {tokenizer.vocab_size}: expected at most {_LARGEST_VOCABULARY}; "
-            "lower data.vocab_size"
-        )
-    dtype = "uint8" if tokenizer.vocab_size <= 256 else "uint16"
+    dtype = token_dtype(tokenizer.vocab_size)
     train_ids, val_ids = (tokenizer.encode(part).astype(dtype) for part in parts)
     packed = train_ids.tobytes() + val_ids.tobytes()
     meta = {

@@ -1,30 +1,28 @@
-"""Where text comes from: files found, checked and hashed, then read through ``datasets``.
+"""Where text comes from: files found, checked and hashed, or a data set on the hub.
 
-A source is a list of files (or a hub name) and yields documents as UTF-8 bytes, in a fixed order.
-Finding and hashing needs no ``datasets``, so that a prepared corpus opens without importing it.
+Nothing here needs ``datasets``, so that a prepared corpus opens without importing it;
+``common.documents`` reads what is found here.
 """
 
+import codecs
 import contextlib
 import dataclasses
-import glob
 import hashlib
-import logging
 import os
-import socket
 import sysconfig
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import BackendError, DataError
+from common.errors import DataError
 
 # Test suites, vendored tools and installed packages are not the library's own text.
 _STDLIB_EXCLUDED = frozenset(
     """test tests idle_test idlelib lib2to3 turtledemo ensurepip
     site-packages dist-packages __pycache__""".split()  # noqa: SIM905
 )
+_AS_BYTES = "for raw bytes use data.source=bytes data.tokenizer=byte"
+_CHUNK_BYTES = 1 << 20
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 
 
@@ -45,18 +43,20 @@ class Files:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hub:
-    """A data set on the Hugging Face hub: repository, subset, text column and split."""
+    """A data set on the Hugging Face hub: repository, subset, text column, split and revision."""
 
     name: str
     subset: str | None = None
     column: str = "text"
     split: str = "train"
+    revision: str | None = None
 
 
 HUB_CORPORA = {
     "shakespeare": Hub(name="Trelis/tiny-shakespeare", column="Text"),
     "wikitext": Hub(name="Salesforce/wikitext", subset="wikitext-2-raw-v1"),
-    "fineweb": Hub(name="HuggingFaceFW/fineweb-edu", subset="sample-10BT"),
+    "fineweb": Hub(name="HuggingFaceFW/fineweb", subset="sample-10BT"),
+    "fineweb_edu": Hub(name="HuggingFaceFW/fineweb-edu", subset="sample-10BT"),
 }
 
 
@@ -105,7 +105,7 @@ def local_files(path: Path, *, as_bytes: bool) -> Files:
         if any(file.suffix == ".arrow" for file in paths):
             paths = [file for file in paths if file.suffix == ".arrow"]
         paths.sort(key=lambda file: file.relative_to(root).as_posix())
-    with _readable(path):
+    with readable(path):
         if not any(file.stat().st_size for file in paths):
             what = "the file is empty" if path.is_file() else "the folder holds no text"
             raise DataError(f"data.path={path}: {what}; give a file with text")
@@ -128,106 +128,33 @@ def content_sha256(files: Files) -> str:
     """
     digest = hashlib.sha256(files.loader.encode())
     for path in files.paths:
-        with _readable(path):
-            data = path.read_bytes()
-        if files.loader == "text":
-            _check_text(path, data)
         name = path.relative_to(files.root).as_posix()
-        digest.update(f"\0{name}\0{len(data)}\0".encode())
-        digest.update(data)
+        with readable(path), path.open("rb") as stream:
+            digest.update(f"\0{name}\0{os.fstat(stream.fileno()).st_size}\0".encode())
+            checker = TextChecker(path) if files.loader == "text" else None
+            while chunk := stream.read(_CHUNK_BYTES):
+                if checker is not None:
+                    checker.add(chunk)
+                digest.update(chunk)
+            if checker is not None:
+                checker.end()
     return digest.hexdigest()
 
 
-def documents(source: Files | Hub, column: str, max_bytes: int | None) -> Iterator[bytes]:
-    """Yield the documents of a source as UTF-8 bytes, exactly as stored, empty ones left out.
-
-    Args:
-        source: Files or a hub data set.
-        column: Text column of local tables (parquet, jsonl).
-        max_bytes: Stop after this many bytes, cutting the last document at a character.
-
-    Raises:
-        DataError: for missing columns, unreadable tables, or an unreachable hub.
-        BackendError: when ``datasets`` is not installed.
-    """
-    if isinstance(source, Files) and source.loader == "bytes":
-        rows: Iterator[bytes] = (path.read_bytes() for path in source.paths)
-    else:
-        rows = (text.encode("utf-8", errors="replace") for text in _rows(source, column))
-    left = max_bytes
-    for data in rows:
-        if left is not None and len(data) >= left:
-            cut = data[:left]
-            is_text = not (isinstance(source, Files) and source.loader == "bytes")
-            yield cut.decode("utf-8", errors="ignore").encode() if is_text else cut
-            return
-        if left is not None:
-            left -= len(data)
-        if data:
-            yield data
-
-
-def _rows(source: Files | Hub, column: str) -> Iterator[str]:
-    if isinstance(source, Hub):
-        column = source.column
-    elif source.loader == "text":
-        column = "text"
-    where = source.name if isinstance(source, Hub) else str(source.paths[0])
-    try:
-        for row in _open(source):
-            if column not in row:
-                found = ", ".join(row)
-                raise DataError(f"{where}: no column {column!r}, found {found}; set data.column")
-            if not isinstance(row[column], str | None):
-                raise DataError(
-                    f"{where}: column {column!r} holds {type(row[column]).__name__}, expected "
-                    "text; set data.column"
-                )
-            yield row[column] or ""
-    except (DataError, BackendError):
-        raise
-    except Exception as error:  # datasets raises classes of its own for damaged tables
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        if isinstance(source, Hub):
-            raise DataError(
-                f"hub data set {where!r} cannot be read ({reason}); give a local copy with "
-                "data.path=FILE (text, jsonl or parquet)"
-            ) from error
-        raise DataError(f"{where}: cannot be read ({reason}); rewrite the file") from error
-
-
-def _open(source: Files | Hub) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise BackendError("reading a corpus needs datasets: pip install datasets") from None
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    if isinstance(source, Hub):
-        _require_host(datasets.config)
-        return datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
-    if source.loader == "text":
-        # The text loader would rewrite line ends; a generator keeps the file's bytes.
-        names = [str(path) for path in source.paths]
-        return datasets.IterableDataset.from_generator(_read_texts, gen_kwargs={"names": names})
-    names = [glob.escape(str(path)) for path in source.paths]
-    return datasets.load_dataset(source.loader, data_files=names, split="train", streaming=True)
-
-
-def _require_host(config: Any) -> None:
-    # Without a name server the library would retry for half a minute, loudly.
-    host = urllib.parse.urlsplit(config.HF_ENDPOINT).hostname
-    if not config.HF_HUB_OFFLINE and not urllib.request.getproxies():
-        socket.getaddrinfo(host, None)
-
-
-def _read_texts(names: list[str]) -> Iterator[dict[str, str]]:
-    for name in names:
-        yield {"text": Path(name).read_bytes().decode("utf-8")}
+def files_stamp(files: Files) -> list[list[Any]]:
+    """Return name, size and modification time (ns) of every file: their state, without reading."""
+    stamp = []
+    for path in files.paths:
+        with readable(path):
+            facts = path.stat()
+        name = path.relative_to(files.root).as_posix()
+        stamp.append([name, facts.st_size, facts.st_mtime_ns])
+    return stamp
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` about a file of the corpus into one line."""
     try:
         yield
     except OSError as error:
@@ -235,23 +162,48 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"data.path={path}: cannot be read ({reason}); check it") from None
 
 
-def _check_text(path: Path, data: bytes) -> None:
-    remedy = "for raw bytes use data.source=bytes data.tokenizer=byte"
-    position = data.find(b"\0")
-    if position >= 0:
-        raise DataError(f"{path}: NUL byte at offset {position}, not a text file; {remedy}")
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8 text; "
-            f"{remedy}"
-        ) from None
+class TextChecker:
+    """Checks a file's bytes piece by piece: UTF-8 without NUL.
+
+    Args:
+        path: For messages.
+        offset: Where in the file the first piece starts, between two characters.
+    """
+
+    def __init__(self, path: Path, offset: int = 0):
+        self.path = path
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._offset = offset
+
+    def add(self, data: bytes) -> None:
+        """Check the next bytes; ``DataError`` with the offset of the first bad one."""
+        position = data.find(b"\0")
+        if position >= 0:
+            what = f"NUL byte at offset {self._offset + position}, not a text file"
+            raise DataError(f"{self.path}: {what}; {_AS_BYTES}")
+        self._decode(data, final=False)
+        self._offset += len(data)
+
+    def end(self) -> None:
+        """Check that the text does not end inside a character."""
+        self._decode(b"", final=True)
+
+    def _decode(self, data: bytes, *, final: bool) -> None:
+        pending = len(self._decoder.getstate()[0])
+        try:
+            self._decoder.decode(data, final)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.path}: byte {error.object[error.start]:#04x} at offset "
+                f"{self._offset - pending + error.start} is not UTF-8 text; {_AS_BYTES}"
+            ) from None
 
 
 def _is_utf8(path: Path) -> bool:
+    checker = TextChecker(path)
     try:
-        _check_text(path, path.read_bytes())
+        checker.add(path.read_bytes())
+        checker.end()
     except (DataError, OSError):
         return False
     return True

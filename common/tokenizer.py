@@ -6,6 +6,7 @@ bytes that are not UTF-8 (a character cut in half) come out as U+FFFD and never 
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,16 +19,25 @@ FORMAT_VERSION = 1
 KINDS = ("byte", "char", "bpe")
 _BPE_CHUNK_CHARS = 1 << 16
 _BYTES = 256
+# Strings that the vocabularies of published byte-level tokenizers reserve for this.
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers; ids are dense, 0 to ``vocab_size - 1``."""
+    """What every tokenizer offers; ids are dense, 0 to ``vocab_size - 1``.
+
+    ``document_end`` is the id put after each document, None where a newline does that.
+    """
 
     kind: str
     vocab_size: int
+    document_end: int | None
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Return the ids (T,) of ``text``, int64; ``DataError`` where it cannot be expressed."""
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Return ``encode`` of every text; several at once where that is faster."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
@@ -44,10 +54,19 @@ class _TableTokenizer:
 
     kind: str
     vocab_size: int
+    document_end: int | None = None
 
     def __init__(self, table: Sequence[bytes]) -> None:
         self._table = tuple(table)
         self.vocab_size = len(self._table)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Return the ids (T,) of ``text``, int64."""
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Return ``encode`` of every text."""
+        return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the exact bytes of ``ids``.
@@ -139,7 +158,7 @@ class BpeTokenizer(_TableTokenizer):
             vocabulary = dict(model["model"]["vocab"])
             ids = sorted(vocabulary.values())
             strings = sorted(vocabulary, key=vocabulary.__getitem__)
-            to_byte = {char: value for value, char in enumerate(_byte_level_alphabet())}
+            to_byte = {char: value for value, char in enumerate(byte_level_alphabet())}
             table = [bytes(to_byte[character] for character in string) for string in strings]
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
@@ -149,6 +168,8 @@ class BpeTokenizer(_TableTokenizer):
             raise DataError("BPE vocabulary ids are not 0, 1, 2, ...; restore tokenizer.json")
         super().__init__(table)
         self._model = model
+        ends = [vocabulary[string] for string in _DOCUMENT_ENDS if string in vocabulary]
+        self.document_end = ends[0] if ends else None
 
     @functools.cached_property
     def _encoder(self) -> Any:
@@ -161,12 +182,20 @@ class BpeTokenizer(_TableTokenizer):
             DataError: for bytes that are not UTF-8.
             BackendError: when ``tokenizers`` is not installed.
         """
-        string = _as_text(text, self.kind)
-        step = _BPE_CHUNK_CHARS
-        pieces = [string[start : start + step] for start in range(0, len(string), step)]
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
+        """Return ``encode`` of every text, with one thread per core."""
+        pieces, counts = list[str](), list[int]()
+        for text in texts:
+            string = _as_text(text, self.kind)
+            starts = range(0, len(string), _BPE_CHUNK_CHARS)
+            pieces += [string[start : start + _BPE_CHUNK_CHARS] for start in starts]
+            counts.append(len(starts))
         encodings = self._encoder.encode_batch_fast(pieces, add_special_tokens=False)
-        arrays = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
-        return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
+        arrays = (np.array(encoding.ids, dtype=np.int64) for encoding in encodings)
+        empty = np.empty(0, dtype=np.int64)
+        return [np.concatenate([empty, *itertools.islice(arrays, n)]) for n in counts]
 
     def to_json(self) -> dict[str, Any]:
         """Return the ``tokenizers`` JSON below the key ``tokenizer``."""
@@ -247,7 +276,7 @@ def _train_bpe(texts: Sequence[str | bytes], vocab_size: int) -> BpeTokenizer:
     model.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        initial_alphabet=_byte_level_alphabet(),
+        initial_alphabet=byte_level_alphabet(),
         show_progress=False,
     )
     model.train_from_iterator((_as_text(text, "bpe") for text in texts), trainer)
@@ -278,9 +307,11 @@ def _as_text(text: str | bytes, kind: str) -> str:
 
 
 @functools.cache
-def _byte_level_alphabet() -> list[str]:
-    # The byte-level convention: printable Latin-1 bytes stand for themselves, the others move
-    # past code point 255 in order.
+def byte_level_alphabet() -> list[str]:
+    """Return the character that stands for each byte in byte-level vocabularies.
+
+    Printable Latin-1 bytes stand for themselves, the others move past code point 255 in order.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = iter(range(_BYTES, 2 * _BYTES))
     return [chr(value if value in printable else next(moved)) for value in range(_BYTES)]

@@ -172,10 +172,10 @@ def test_reading_error_is_a_data_error(tmp_path, monkeypatch):
     """Oracle: an I/O error while reading names the file."""
     path = write(tmp_path / "a.txt", TEXT)
 
-    def broken(self):
+    def broken(self, *args, **kwargs):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(type(path), "read_bytes", broken)
+    monkeypatch.setattr(type(path), "open", broken)
     with pytest.raises(DataError, match=r"a\.txt: cannot be read \(Input/output error\)"):
         prepare(path)
 
