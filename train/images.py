@@ -23,7 +23,15 @@ from train.image_data import ImageDataModule
 from train.init import initialise
 from train.module import LipschitzModule
 from train.probes import matrix_norms, naive_certificate
-from train.session import Settings, compiled, fit, log_final, store
+from train.session import (
+    Settings,
+    compiled,
+    finished,
+    fit,
+    log_final,
+    module_options,
+    store,
+)
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +69,7 @@ def train_images(
         settings.optim,
         settings.constraint,
         settings.schedule,
-        total_steps=settings.trainer.max_steps,
+        **module_options(settings),
     )
     loop = settings.trainer
     data = ImageDataModule(
@@ -74,7 +82,8 @@ def train_images(
         Checkpoint(settings.callbacks.checkpoint_every, run.directory / "checkpoints"),
     ]
     trainer = fit(module, data, callbacks, settings, cfg, run)
-    metrics = _final_metrics(model.eval(), images, settings)
+    model = finished(module, trainer)
+    metrics = _final_metrics(model, images, settings)
     metrics |= {
         "train/params": model.num_parameters,
         "train/steps": trainer.global_step,
@@ -102,12 +111,11 @@ class ImageModule(LipschitzModule):
         """Return the mean loss (nats per image) of a batch and count the batch."""
         loss, _ = loss_and_hits(self.model, *batch)
         self.trainer.datamodule.consumed += 1
-        self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Accumulate loss and accuracy of a batch."""
-        loss, hits = loss_and_hits(self.model, *batch)
+        loss, hits = loss_and_hits(self.evaluated, *batch)
         options: dict[str, Any] = {"batch_size": len(batch[0]), "sync_dist": True, "logger": False}
         self.log("train/val_loss_nats", loss, **options)
         self.log("train/val_acc_full", hits, prog_bar=True, **options)
@@ -138,13 +146,14 @@ class CertifyImages(EachStep):
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         """Measure on the leading rank; weights are the same on all."""
+        model = pl_module.whole()
         if trainer.is_global_zero:
-            certificate, norms = naive_certificate(pl_module.model), matrix_norms(pl_module.model)
+            certificate, norms = naive_certificate(model), matrix_norms(model)
             figures = {
                 "train/bound_naive": certificate.naive,
                 "train/log10_bound_naive": certificate.log10_naive,
                 "train/max_norm": max(norms.values()),
-                "train/max_activation": max_activation(pl_module.model, self.probe_BI),
+                "train/max_activation": max_activation(model, self.probe_BI),
             }
             log_metrics(trainer, figures | norms)
 

@@ -20,7 +20,15 @@ from train.groups import parameter_groups
 from train.init import initialise, initialise_biases
 from train.module import LipschitzModule
 from train.probes import matrix_norms, naive_certificate
-from train.session import Settings, compiled, fit, log_final, store
+from train.session import (
+    Settings,
+    compiled,
+    finished,
+    fit,
+    log_final,
+    module_options,
+    store,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +61,13 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
         settings.optim,
         settings.constraint,
         settings.schedule,
-        total_steps=settings.trainer.max_steps,
         bytes_per_token=corpus.bytes_per_token,
+        **module_options(settings),
     )
     progress = Progress(settings.callbacks.log_every)
     callbacks = _callbacks(progress, corpus, model, settings, run.directory)
     trainer = fit(module, data, callbacks, settings, cfg, run)
-    model.eval()
+    model = finished(module, trainer)
     metrics = _final_metrics(model, corpus, settings)
     metrics |= {
         "train/params": model.num_parameters,

@@ -42,7 +42,7 @@ def read_settings(cfg: DictConfig) -> Settings:
         ConfigError: for the first impossible value.
     """
     trainer: TrainerConfig = build(cfg.trainer)
-    accelerator_and_devices(cfg.device, trainer.devices)
+    accelerator_and_devices(cfg.device, trainer.devices, trainer.num_nodes)
     return Settings(
         seed=cfg.seed,
         device=cfg.device,
@@ -79,6 +79,17 @@ def fit(
     return trainer
 
 
+def finished(module: Any, trainer: L.Trainer) -> Any:
+    """Return the model to evaluate and store, on the device of the run; every rank calls it."""
+    return module.whole().eval().to(trainer.strategy.root_device)
+
+
+def module_options(settings: Settings) -> dict[str, Any]:
+    """Return the keyword arguments of ``ConstrainedModule`` that the loop's settings decide."""
+    loop = settings.trainer
+    return {"total_steps": loop.max_steps, "ema": loop.ema, "shard_updates": loop.shard_updates}
+
+
 def log_final(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
     """Hand the figures of the finished run to every logger and close it."""
     for logger in trainer.loggers:
@@ -96,7 +107,7 @@ def store(run: Run, model: nn.Module, tokenizer: Tokenizer | None = None) -> Pat
 def compiled(model: Any, settings: Settings) -> Any:
     """Return the model, compiled in place where the settings ask for it."""
     if settings.trainer.compile:
-        model.compile()
+        model.compile(backend=settings.trainer.compile_backend)
     return model
 
 
