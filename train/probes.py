@@ -17,6 +17,13 @@ def naive_certificate(model: LipschitzTransformer) -> Certificate:
     return certify(model, tighten=False)
 
 
+def certificate_figures(certificate: Certificate) -> dict[str, float]:
+    """Return the totals of a certificate without tightening under their declared metric names."""
+    names = ("reference", "naive")
+    totals = {f"cert/{name}": float(getattr(certificate, name)) for name in names}
+    return totals | {f"cert/log10_{n}": float(getattr(certificate, f"log10_{n}")) for n in names}
+
+
 @torch.no_grad()
 def matrix_norms(model: LipschitzTransformer) -> dict[str, float]:
     """Return ``train/norm/<matrix>``: RMS->RMS norms, for the embedding the largest row RMS."""
