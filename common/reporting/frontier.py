@@ -14,12 +14,11 @@ from common.reporting.published import NOTES, Published, published
 from common.reporting.runs import StageRun
 from common.reporting.scatter import MARKERS, Cloud, marker_key, scatter_chart
 
-ACCURACIES = ("train/val_acc_full", "train/val_acc")
+ACCURACY = "train/val_acc_full"
 LOSS = "train/val_loss_nats"
 SECONDS = "seconds"
 LABELS = {
-    "train/val_acc_full": "accuracy",
-    "train/val_acc": "accuracy",
+    ACCURACY: "accuracy",
     "train/val_acc_ref": "accuracy, reference protocol",
     LOSS: "loss, nats",
     "cert/reference": "reference formula",
@@ -28,7 +27,7 @@ LABELS = {
 }
 """Short names of the table's columns, for readers; files keep the declared ones."""
 
-_FIGURES = (*ACCURACIES, "train/val_acc_ref", LOSS)
+_FIGURES = (ACCURACY, "train/val_acc_ref", LOSS)
 _CONSTANTS = ("reference", "naive", "tightened")
 
 TONES = ("second", "third", "measured", "naive", "neutral", "proved")
@@ -84,8 +83,7 @@ def read_points(cells: Sequence[StageRun]) -> list[Point]:
     models = {_setting(cell, "model") for cell in cells}
     points = []
     for cell in cells:
-        accuracy = next((cell.metrics[m] for m in ACCURACIES if m in cell.metrics), None)
-        bound = _bound(cell)
+        accuracy, bound = cell.metrics.get(ACCURACY), _bound(cell)
         if accuracy is None or bound is None:
             continue
         optimizer = _name(cell, "optim", "matrices")
@@ -145,10 +143,10 @@ def _chart(points: Sequence[Point], rows: Sequence[Published], field: str) -> st
     y_label = "validation accuracy" if sign > 0 else "validation cross-entropy, nats"
     x_label = "proved Lipschitz constant" + (" (hollow: published formula)" if others else "")
     chart = scatter_chart(clouds, front, x_label, y_label, _words(y_label, len(kept), front))
-    best = f"best {y_label} at any smaller constant"
+    best = "best at that constant or a smaller one"
     caption = f"<b>{escape(y_label.capitalize())}.</b> {kind('measured')} on held-out data. "
     caption += f"{kind('proved')} The constant of each model: {_which(kept)}. "
-    caption += f"The staircase is the {best}, seen in this sweep."
+    caption += f"The staircase: {best}, of this sweep."
     if others:
         caption += f" {kind('estimate')} Hollow: {escape(NOTES[others[0].task])}."
     return figure(marker_key(clouds, best) + chart, caption)

@@ -1,8 +1,8 @@
 """Certified accuracy against radius: how many answers provably survive a change of the input.
 
 A run stores how far its last features may move before a right answer can change
-(``margins.json``); divided by the proved constant of its blocks that is a radius of the input, so
-that a better certificate needs no new evaluation.
+(``margins.json``); divided by the proved constant of what comes before, that is a radius of the
+input, so that a better certificate needs no new evaluation.
 """
 
 import dataclasses
@@ -17,12 +17,54 @@ from common.reporting.runs import StageRun
 from common.reporting.scatter import Cloud, Curve, curve_chart, marker_key
 
 MARGINS_FILE = "margins.json"
-RELATIVE = (0.01, 0.05, 0.1, 0.25)
-"""Radii of the table, as shares of the median distance between embedding rows."""
-
 _DECADES, _SMALLEST = 4, 1e-12
 _MOST_STRONG, _MOST_ROWS = 5, 12
 _ROUNDING = 1e-12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """How radii of one kind of input are told.
+
+    Attributes:
+        shown: Radii of the table, with their names.
+        axis: What the horizontal axis shows.
+        lead: What the section is about.
+        inputs: What is counted.
+        moves: What stays true while what moves.
+    """
+
+    shown: Mapping[float, str]
+    axis: str
+    lead: str
+    inputs: str
+    moves: str
+
+
+UNITS = {
+    "embedding": Unit(
+        shown={share: f"{100 * share:g} %" for share in (0.01, 0.05, 0.1, 0.25)},
+        axis="radius, share of the median embedding distance",
+        lead=(
+            "Scaling all logits down makes the constant small and proves nothing more. This "
+            "figure does not change with the scale: how far every embedded token may move at "
+            "once before a right answer could be lost."
+        ),
+        inputs="positions",
+        moves=(
+            "every embedded token moves by less than the radius (l2, within the certificate's "
+            "ball of embeddings)"
+        ),
+    ),
+    "pixels": Unit(
+        shown={radius: f"{radius:g}" for radius in (0.1, 0.25, 0.5, 1.0)},
+        axis="radius, l2 over all pixels",
+        lead="How far the pixels may move before a right answer could be lost.",
+        inputs="images",
+        moves="the pixels move by less than the radius (l2)",
+    ),
+}
+"""By the unit that ``margins.json`` names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +74,14 @@ class Certified:
     Attributes:
         radii: Increasing, in l2 per token, as shares of ``unit``.
         shares: Of all positions: right, and proved to stay right within the radius.
-        positions: How many were read.
+        inputs: How many positions or images were read.
+        unit: ``embedding`` or ``pixels``.
     """
 
     radii: tuple[float, ...]
     shares: tuple[float, ...]
-    positions: int
+    inputs: int
+    unit: str
 
     def at(self, radius: float) -> float:
         """Return a share that is right and certified at a radius; 0 beyond the curve."""
@@ -48,20 +92,21 @@ class Certified:
 def certified_curve(cell: StageRun) -> Certified | None:
     """Return the curve of a run, or None without margins or a finite constant of its blocks.
 
-    Radii are l2 per token over the median l2 distance of two embedding rows: scaling the logits
-    or the embedding changes nothing.
+    Radii of text are l2 per token over the median l2 distance of two embedding rows, so that
+    scaling the logits or the embedding changes nothing.
     """
     content = cell.json(MARGINS_FILE)
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or content.get("unit") not in UNITS:
         return None
-    stream, unit = _stream_bound(cell, content), content.get("median_embedding_distance")
+    before, length = _bound_before_head(cell, content), content.get("unit_length")
     radii, shares = content.get("radii"), content.get("shares")
-    if not stream or not unit or not radii or not shares or len(radii) != len(shares):
+    if not before or not length or not radii or not shares or len(radii) != len(shares):
         return None
     return Certified(
-        radii=tuple(float(radius) / stream / float(unit) for radius in radii),
+        radii=tuple(float(radius) / before / float(length) for radius in radii),
         shares=tuple(float(share) for share in shares),
-        positions=int(content.get("positions", 0)),
+        inputs=int(content.get("inputs", 0)),
+        unit=content["unit"],
     )
 
 
@@ -71,45 +116,35 @@ def radius_section(points: Sequence[Point]) -> str:
     known = [(point, curve) for point, curve in curves if curve is not None]
     if not known:
         return ""
-    lead = (
-        "Scaling all logits down makes the constant small and proves nothing more. This figure "
-        "does not change with the scale: how far every embedded token may move at once before a "
-        "right answer could be lost."
+    first = known[0][1].unit
+    known = [(point, curve) for point, curve in known if curve.unit == first]
+    unit = UNITS[first]
+    return section(
+        "Certified accuracy", unit.lead, figures(_figure(known, unit)), _table(known, unit)
     )
-    return section("Certified accuracy", lead, figures(_figure(known)), _table(known))
 
 
-def _figure(known: Sequence[tuple[Point, Certified]]) -> str:
+def _figure(known: Sequence[tuple[Point, Certified]], unit: Unit) -> str:
     colours = tones([point for point, _ in known])
     strong = _strong([point for point, _ in known])
-    least = max([curve.radii[-1] for _, curve in known]) / 10**_DECADES or _SMALLEST
-    lines = [
-        Curve(
-            label="",
-            x=_cut(curve, least).radii,
-            y=_cut(curve, least).shares,
-            tone=colours[point.optimizer],
-            strong=id(point) in strong,
-        )
-        for point, curve in known
-    ]
+    least = max(curve.radii[-1] for _, curve in known) / 10**_DECADES or _SMALLEST
+    lines = []
+    for point, curve in known:
+        x, y = _cut(curve, least)
+        tone, is_strong = colours[point.optimizer], id(point) in strong
+        lines.append(Curve(x=x, y=y, tone=tone, strong=is_strong))
     key = [Cloud(label=name, x=(), y=(), tone=tone, marker="s") for name, tone in colours.items()]
     best = ", ".join(
-        f"{100 * max(curve.at(radius) for _, curve in known):.3g} % at {100 * radius:g} %"
-        for radius in RELATIVE
+        f"{100 * max(curve.at(radius) for _, curve in known):.3g} % at {name}"
+        for radius, name in unit.shown.items()
     )
-    chart = curve_chart(
-        lines,
-        "radius, share of the median embedding distance",
-        "right and certified, share of positions",
-        f"certified accuracy against radius, {len(known)} models; best: {best}",
-    )
-    fewest = min(curve.positions for _, curve in known)
+    words = f"certified accuracy against radius, {len(known)} models; best: {best}"
+    chart = curve_chart(lines, unit.axis, f"right and certified, share of {unit.inputs}", words)
+    fewest = min(curve.inputs for _, curve in known)
     caption = (
-        f"<b>Certified accuracy.</b> {kind('proved')} Share of positions whose right answer cannot "
-        "change while every embedded token moves by less than the radius (l2, within the "
-        f"certificate's ball). {kind('measured')} On {fewest:,} positions of held-out data. Thick: "
-        "models on the staircase above."
+        f"<b>Certified accuracy.</b> {kind('proved')} Share of {unit.inputs} whose right answer "
+        f"cannot change while {unit.moves}. {kind('measured')} On {fewest:,} {unit.inputs} of "
+        "held-out data. Thick: models on the staircase above."
     )
     return figure(marker_key(key) + chart, caption)
 
@@ -120,34 +155,31 @@ def _strong(points: Sequence[Point]) -> set[int]:
     return {id(point) for point in front[::step]}
 
 
-def _cut(curve: Certified, least: float) -> Certified:
-    """Start the curve at a radius that a logarithmic axis can show."""
+def _cut(curve: Certified, least: float) -> tuple[list[float], list[float]]:
+    """Return the curve from a radius on that a logarithmic axis can show."""
     pairs = [(r, s) for r, s in zip(curve.radii, curve.shares, strict=True) if r > least]
     pairs = [(least, curve.at(least)), *pairs]
-    radii, shares = zip(*pairs, strict=True)
-    return dataclasses.replace(curve, radii=radii, shares=shares)
+    return [radius for radius, _ in pairs], [share for _, share in pairs]
 
 
-def _table(known: Sequence[tuple[Point, Certified]]) -> str:
-    heads = ["Run", *(f"certified at {100 * radius:g} %" for radius in RELATIVE)]
-    order = sorted(known, key=lambda pair: [-pair[1].at(radius) for radius in RELATIVE])
+def _table(known: Sequence[tuple[Point, Certified]], unit: Unit) -> str:
+    heads = ["Run", *(f"certified at {name}" for name in unit.shown)]
+    order = sorted(known, key=lambda pair: [-pair[1].at(radius) for radius in unit.shown])
     rows = [
-        [escape(point.cell.directory.name), *(percent(curve.at(radius)) for radius in RELATIVE)]
+        [escape(point.cell.directory.name), *(percent(curve.at(radius)) for radius in unit.shown)]
         for point, curve in order
     ]
-    return table(heads, rows[:_MOST_ROWS]) + (
-        details(f"{len(rows) - _MOST_ROWS} further runs", table(heads, rows[_MOST_ROWS:]))
-        if len(rows) > _MOST_ROWS
-        else ""
-    )
+    markup, rest = table(heads, rows[:_MOST_ROWS]), rows[_MOST_ROWS:]
+    return markup + (details(f"{len(rest)} further runs", table(heads, rest)) if rest else "")
 
 
-def _stream_bound(cell: StageRun, content: Mapping[str, Any]) -> float | None:
-    """Return the proved l2 to l2 constant of all blocks, or None if it overflows."""
-    naive = content.get("naive_stream_bound")
+def _bound_before_head(cell: StageRun, content: Mapping[str, Any]) -> float | None:
+    """Return the proved l2 constant of all but the last matrix, or None if it overflows."""
+    naive = content.get("naive_bound")
     blocks = certificate(cell.artifact("bundle")).get("blocks") or []
     tightened = [block.get("tightened") for block in blocks]
-    if tightened and all(isinstance(rho, int | float) for rho in tightened):
+    is_stored = tightened and all(isinstance(rho, int | float) for rho in tightened)
+    if is_stored and content["unit"] == "embedding":
         bound = math.prod(float(rho) for rho in tightened) * (1 + _ROUNDING)
         return bound if 0 < bound < math.inf else None
     return float(naive) if isinstance(naive, int | float) and naive > 0 else None

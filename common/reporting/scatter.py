@@ -52,14 +52,12 @@ class Curve:
     """One falling line.
 
     Attributes:
-        label: Name in the key; empty for one of the many in the background.
         x: Positions, increasing, above 0.
         y: Heights.
         tone: Colour.
         strong: Drawn thick, above the others.
     """
 
-    label: str
     x: Sequence[float]
     y: Sequence[float]
     tone: str

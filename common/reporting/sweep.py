@@ -69,7 +69,7 @@ def comparison(cells: Sequence[StageRun], name: str) -> Comparison:
     if any(cell.status != "finished" for cell in cells):
         heads.append("status")
         rows = [[*row, _both(c.status)] for row, c in zip(rows, cells, strict=True)]
-    best = "loss" if points else shown[0] if shown else ""
+    best = shown[0] if shown and not points else ""
     markup = [[html for _, html in row] for row in rows]
     parts = [
         frontier(points),
@@ -123,7 +123,7 @@ def _both(text: str) -> tuple[str, str]:
 def _lead(cells: Sequence[StageRun], best: str) -> str:
     failed = sum(cell.status.startswith("failed") for cell in cells)
     left = sum(cell.status == "unfinished" for cell in cells)
-    parts = [f"{len(cells)} runs", f"best {best} first" if best else ""]
+    parts = [f"{len(cells)} runs", f"best {best} first".replace("  ", " ")]
     parts += [f"{failed} failed" if failed else "", f"{left} unfinished" if left else ""]
     return ", ".join(filter(None, parts)) + "."
 

@@ -65,10 +65,10 @@ def add_failure(root, name="optim=adamw,seed=7", reason="constraint.kind=soft_ca
     write(root / name / "error.txt", reason)
 
 
-def add_margins(directory, radii, shares, *, stream=2.0, unit=1.5, positions=640):
+def add_margins(directory, radii, shares, *, stream=2.0, unit=1.5, positions=640, kind="embedding"):
     """Write the margins of a cell."""
-    content = {"radii": radii, "shares": shares, "positions": positions}
-    content |= {"naive_stream_bound": stream, "median_embedding_distance": unit}
+    content = {"radii": radii, "shares": shares, "inputs": positions, "unit": kind}
+    content |= {"naive_bound": stream, "unit_length": unit}
     write(directory / "margins.json", content)
 
 
@@ -164,7 +164,7 @@ def test_page_shows_every_cell(quick, sweep):
     status = {(row[2], row[-1]) for row in compared.rows[-2:]}
     reason = "failed: constraint.kind=soft_cap: <no norm>"
     assert status == {("7", reason), ("9", "unfinished")}
-    assert "8 runs, best loss first, 1 failed, 1 unfinished." in compared.document
+    assert "8 runs, best first, 1 failed, 1 unfinished." in compared.document
     assert "&lt;no norm&gt;" in compared.document
     assert "<no norm>" not in compared.document
     assert "lipllm train constraint.w_max=2.8 optim=muon seed=0" in compared.document
@@ -273,7 +273,13 @@ def test_tightened_certificate_enlarges_the_radii(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", {}, {"radii": [1.0]}, {"radii": [1.0], "shares": [0.1, 0.2]}],
+    [
+        "",
+        "[]",
+        {},
+        {"unit": "miles", "radii": [1.0], "shares": [0.1], "unit_length": 1, "naive_bound": 1},
+        {"unit": "pixels", "radii": [1.0], "shares": [0.1, 0.2]},
+    ],
 )
 def test_damaged_margins_cost_only_their_curve(quick, sweep, content):
     """Oracle: the other five curves are still there."""
@@ -282,6 +288,20 @@ def test_damaged_margins_cost_only_their_curve(quick, sweep, content):
     compared = comparison(read_sweep(sweep), "name")
     assert quick[-1].startswith("certified accuracy against radius, 5 models")
     assert len(compared.rows) == 8
+
+
+def test_image_sweep_is_in_pixels(quick, tmp_path):
+    """Oracle: accuracy against the bound, radii in l2 of pixels, no published row for digits."""
+    root = tmp_path / "s"
+    for w_max, accuracy in ((1.0, 0.8), (2.0, 0.9)):
+        directory = add_cell(root, w_max, "muon", accuracy, 10 * w_max, source="digits")
+        add_margins(directory, [1.0, 4.0], [accuracy, 0.1], stream=4.0, unit=1.0, kind="pixels")
+    compared = comparison(read_sweep(root), "digits")
+    assert quick[0].endswith("0.800 at 10, 0.900 at 20")
+    assert quick[1].endswith("best: 90 % at 0.1, 90 % at 0.25, 10 % at 0.5, 10 % at 1")
+    assert "certified at 0.25" in compared.document
+    assert "640 images" in compared.document
+    assert "ublished" not in compared.document
 
 
 def test_sweep_without_margins_has_no_radius_section(quick, tmp_path):
