@@ -14,7 +14,7 @@ from common.config import build, check_types, positive
 from common.errors import ConfigError, DataError
 from common.files import write_bytes
 from common.ledger import Outcome, Run
-from common.reporting import headline, origin, proof, pruning, serving, training
+from common.reporting import headline, origin, proof, pruning, robustness, serving, training
 from common.reporting.page import missing, page
 from common.reporting.runs import Story, read_story, read_sweep
 from common.reporting.sweep import Comparison, comparison
@@ -91,6 +91,7 @@ def story_page(story: Story, settings: ReportConfig) -> str:
     sections: dict[str, tuple[Callable[[Story], str], ...]] = {
         "train": (training.training,),
         "certify": (proof.proof,),
+        "attack": (robustness.robustness,),
         "compress": (pruning.pruning,),
         "generate": (serving.cache, lambda story: serving.samples(story, settings.samples)),
     }
