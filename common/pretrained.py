@@ -54,11 +54,12 @@ def _read(path: Path) -> dict[str, Any]:
         model = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(model.get("tokenizer"), dict):
             model = model["tokenizer"]  # a bundle's own tokenizer.json
-        if model["model"]["type"] != "BPE":
-            raise DataError(f"{path}: a {model['model']['type']} tokenizer, not BPE; {_REMEDY}")
+        kind = model["model"]["type"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "not the JSON of a tokenizer"
         raise DataError(f"{path}: {reason}; {_REMEDY}") from None
+    if kind != "BPE":
+        raise DataError(f"{path}: a {kind} tokenizer, not BPE; {_REMEDY}")
     return dict(model)
 
 
