@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
+from common.files import write_json
 from common.images import ImageConfig, Images, load_images
 from common.ledger import Outcome, Run
 from common.models import LipschitzMLP, MLPConfig
@@ -21,8 +22,9 @@ from train.callbacks import Checkpoint, EachStep, Progress, log_metrics
 from train.groups import parameter_groups
 from train.image_data import ImageDataModule
 from train.init import initialise
+from train.margins import MARGINS_FILE, image_margins
 from train.module import LipschitzModule
-from train.probes import matrix_norms, naive_certificate
+from train.probes import certificate_figures, matrix_norms, naive_certificate
 from train.session import (
     Settings,
     compiled,
@@ -93,6 +95,8 @@ def train_images(
     log_final(trainer, metrics)
     artifacts: dict[str, Path] = {}
     if trainer.is_global_zero:
+        margins = image_margins(model, images.val_NI, images.val_labels_N)
+        write_json(run.directory / MARGINS_FILE, margins)
         artifacts["bundle"] = store(run, model.cpu())
         log.info(
             "accuracy %.4f, naive bound %.4g, largest norm %.4f",
@@ -194,13 +198,11 @@ def _final_metrics(model: LipschitzMLP, images: Images, settings: Settings) -> d
     size = settings.trainer.val_batch_size
     nats, accuracy = evaluate_images(model, images.val_NI, images.val_labels_N, size)
     _, train_accuracy = evaluate_images(model, images.train_NI, images.train_labels_N)
-    certificate = naive_certificate(model)
     return {
         "train/val_loss_nats": nats,
         "train/val_acc_full": accuracy,
         "train/acc_train": train_accuracy,
-        "cert/naive": certificate.naive,
-        "cert/log10_naive": certificate.log10_naive,
+        **certificate_figures(naive_certificate(model)),
     }
 
 

@@ -18,8 +18,9 @@ from train.data import TokenDataModule
 from train.evaluate import bits_per_byte, evaluate, reference_windows
 from train.groups import parameter_groups
 from train.init import initialise, initialise_biases
+from train.margins import MARGINS_FILE, MOST_POSITIONS, text_margins
 from train.module import LipschitzModule
-from train.probes import matrix_norms, naive_certificate
+from train.probes import certificate_figures, matrix_norms, naive_certificate
 from train.session import (
     Settings,
     compiled,
@@ -68,7 +69,8 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
     callbacks = _callbacks(progress, corpus, model, settings, run.directory)
     trainer = fit(module, data, callbacks, settings, cfg, run)
     model = finished(module, trainer)
-    metrics = _final_metrics(model, corpus, settings)
+    certificate = naive_certificate(model)
+    metrics = _final_metrics(model, corpus, settings) | certificate_figures(certificate)
     metrics |= {
         "train/params": model.num_parameters,
         "train/steps": trainer.global_step,
@@ -76,6 +78,11 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
         "train/tokens_per_s": progress.tokens_per_s,
     }
     log_final(trainer, metrics)
+    if trainer.is_global_zero:
+        context = model.config.context
+        windows_NT = corpus.windows("val", context, max(1, MOST_POSITIONS // context))
+        margins = text_margins(model, windows_NT, certificate)
+        write_json(run.directory / MARGINS_FILE, margins)
     return _outcome(model.cpu(), corpus, metrics, run, trainer)
 
 
@@ -141,7 +148,6 @@ def _final_metrics(
         "train/val_acc_full": full,
         "train/val_acc_ref": reference,
         "data/unigram_entropy_bits": corpus.unigram_entropy_bits,
-        "cert/naive": naive_certificate(model).naive,
     }
 
 
