@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 # A streamed corpus trains its BPE tokenizer on so much of its beginning.
 BPE_SAMPLE_BYTES = 1 << 24
+_COUNTED_AT_ONCE = 1 << 24
 
 Split = Literal["train", "val"]
 
@@ -93,6 +94,16 @@ class Corpus:
         one_of("split", split, ("train", "val"))
         boundary = self.num_tokens("train")
         return self._ids[:boundary] if split == "train" else self._ids[boundary:]
+
+    def token_counts(self) -> np.ndarray:
+        """Return how often each id occurs in the training part (V,), int64."""
+        counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        ids = self.tokens("train")
+        # In pieces: counting needs eight bytes per id.
+        for start in range(0, len(ids), _COUNTED_AT_ONCE):
+            piece = ids[start : start + _COUNTED_AT_ONCE]
+            counts += np.bincount(piece, minlength=len(counts))
+        return counts
 
     def require(self, context: int) -> None:
         """Check that both splits hold at least one window of ``context`` inputs and its targets.

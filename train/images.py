@@ -84,7 +84,7 @@ def train_images(
         Checkpoint(settings.callbacks.checkpoint_every, run.directory / "checkpoints"),
     ]
     trainer = fit(module, data, callbacks, settings, cfg, run)
-    model = finished(module, trainer)
+    model = finished(module, trainer, settings)
     metrics = _final_metrics(model, images, settings)
     metrics |= {
         "train/params": model.num_parameters,
@@ -97,7 +97,7 @@ def train_images(
     if trainer.is_global_zero:
         margins = image_margins(model, images.val_NI, images.val_labels_N)
         write_json(run.directory / MARGINS_FILE, margins)
-        artifacts["bundle"] = store(run, model.cpu())
+        artifacts["bundle"] = store(run, model.cpu(), settings, metrics=metrics)
         log.info(
             "accuracy %.4f, naive bound %.4g, largest norm %.4f",
             metrics["train/val_acc_full"],

@@ -68,7 +68,7 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
     progress = Progress(settings.callbacks.log_every)
     callbacks = _callbacks(progress, corpus, model, settings, run.directory)
     trainer = fit(module, data, callbacks, settings, cfg, run)
-    model = finished(module, trainer)
+    model = finished(module, trainer, settings)
     certificate = naive_certificate(model)
     metrics = _final_metrics(model, corpus, settings) | certificate_figures(certificate)
     metrics |= {
@@ -83,7 +83,7 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
         windows_NT = corpus.windows("val", context, max(1, MOST_POSITIONS // context))
         margins = text_margins(model, windows_NT, certificate)
         write_json(run.directory / MARGINS_FILE, margins)
-    return _outcome(model.cpu(), corpus, metrics, run, trainer)
+    return _outcome(model.cpu(), corpus, metrics, run, trainer, settings)
 
 
 def build_model(cfg: DictConfig, corpus: Corpus, settings: Settings) -> LipschitzTransformer:
@@ -93,8 +93,7 @@ def build_model(cfg: DictConfig, corpus: Corpus, settings: Settings) -> Lipschit
     model = LipschitzTransformer(config)
     parameter_groups(model, settings.optim, settings.constraint)
     initialise(model, settings.constraint, settings.seed)
-    counts_V = np.bincount(corpus.tokens("train"), minlength=config.vocab_size)
-    initialise_biases(model, settings.trainer.init, counts_V)
+    initialise_biases(model, settings.trainer.init, corpus.token_counts())
     return compiled(model, settings)
 
 
@@ -157,12 +156,14 @@ def _outcome(
     metrics: dict[str, float],
     run: Run,
     trainer: L.Trainer,
+    settings: Settings,
 ) -> Outcome:
     objective = metrics["train/val_bits_per_byte"]
     if not trainer.is_global_zero:
         return Outcome(metrics=metrics, objective=objective)
     write_json(run.directory / "corpus.json", corpus.describe())
-    artifacts = {"bundle": store(run, model, corpus.tokenizer)}
+    bundle = store(run, model, settings, tokenizer=corpus.tokenizer, corpus=corpus, metrics=metrics)
+    artifacts = {"bundle": bundle}
     samples = run.directory / "samples.txt"
     if samples.is_file():
         artifacts["samples"] = samples

@@ -1,5 +1,6 @@
 """What every training run shares, whatever it is trained on: settings, the fit, and its end."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
 from common.bundle import save_bundle
 from common.config import build
+from common.corpus import Corpus
 from common.ledger import Run
+from common.provenance import describe_training, portable_command
 from common.tokenizer import Tokenizer
 from common.tracking import build_loggers
 from train.callbacks import CHECKPOINT
@@ -20,6 +24,9 @@ from train.groups import Constraint, OptimConfig
 from train.loop import accelerator_and_devices, build_trainer, quiet
 from train.schedules import Schedule
 from train.settings import CallbacksConfig, TrainerConfig
+
+# Types of stored weights; None keeps the model's own.
+STORED = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +86,18 @@ def fit(
     return trainer
 
 
-def finished(module: Any, trainer: L.Trainer) -> Any:
-    """Return the model to evaluate and store, on the device of the run; every rank calls it."""
-    return module.whole().eval().to(trainer.strategy.root_device)
+def finished(module: Any, trainer: L.Trainer, settings: Settings) -> Any:
+    """Return the model to evaluate and store, on the device of the run; every rank calls it.
+
+    Its weights are already rounded to what is stored, so that every figure is of that model.
+    """
+    model = module.whole().eval().to(trainer.strategy.root_device)
+    dtype = STORED[settings.trainer.save_dtype]
+    if dtype is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+    return model
 
 
 def module_options(settings: Settings) -> dict[str, Any]:
@@ -97,10 +113,31 @@ def log_final(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
         logger.finalize("success")
 
 
-def store(run: Run, model: nn.Module, tokenizer: Tokenizer | None = None) -> Path:
-    """Write the bundle of a run, made by the present command line, and return its folder."""
-    bundle = run.directory / "bundle"
-    save_bundle(bundle, model, tokenizer, command=" ".join(["lipllm", *sys.argv[1:]]))
+def store(
+    run: Run,
+    model: nn.Module,
+    settings: Settings,
+    *,
+    tokenizer: Tokenizer | None = None,
+    corpus: Corpus | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write the bundle of a run with its provenance and return its folder.
+
+    Args:
+        run: Where, and its configuration hash.
+        model: The trained model.
+        settings: For the seed and the stored precision.
+        tokenizer: Of a language model.
+        corpus: What it was trained on, where that is text.
+        metrics: Final figures, kept with the model.
+    """
+    bundle, command = run.directory / "bundle", portable_command(sys.argv[1:])
+    figures = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+    facts = {"config_hash": run.config_hash, "metrics": figures}
+    history = describe_training(command=command, seed=settings.seed, corpus=corpus, facts=facts)
+    dtype = STORED[settings.trainer.save_dtype]
+    save_bundle(bundle, model, tokenizer, provenance=history, command=command, dtype=dtype)
     return bundle
 
 

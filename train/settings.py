@@ -32,6 +32,8 @@ class TrainerConfig:
         val_windows: Validation windows of those, spread evenly over the split.
         final_windows: Windows of the last validation, None for the whole split.
         val_batch_size: Windows per validation batch.
+        save_dtype: Type of the stored weights: ``float32``, or ``bfloat16``, to which they are
+            rounded before the last validation.
         init: Initial biases.
     """
 
@@ -52,6 +54,7 @@ class TrainerConfig:
     val_windows: int = 128
     final_windows: int | None = 2048
     val_batch_size: int = 64
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     init: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
