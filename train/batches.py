@@ -43,7 +43,6 @@ def unstacked(batch: Sequence[Member], stack_NOI: Tensor) -> list[Tensor]:
     return [part.reshape(member.p.shape) for member, part in zip(batch, parts, strict=True)]
 
 
-def repeated(batch: Sequence[Member], values: Iterable[Any]) -> list[Any]:
-    """Return one value per row block from one value per member."""
-    counts = [member.group["slices"] for member in batch]
-    return [v for value, n in zip(values, counts, strict=True) for v in [value] * n]
+def gains(member: Member) -> tuple[float, ...]:
+    """Return the factor on cap and update of each row block of a member."""
+    return member.group["gains"] or (1.0,) * member.group["slices"]

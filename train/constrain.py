@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.batches import Member, repeated, stacked, unstacked
+from train.batches import Member, gains, stacked, unstacked
 from train.group_settings import update_norm
 from train.orthogonalize import DTYPES
 from train.projections import PROJECTIONS, power_vectors, project
@@ -39,8 +39,8 @@ def constrain(batch: Sequence[Member], states: Sequence[dict[str, Any]]) -> None
     stack_NOI = project(
         stack_NOI,
         kind,
-        repeated(batch, [member.group["w_max"] for member in batch]),
-        largest=repeated(batch, largest),
+        _per_block(batch, [member.group["w_max"] for member in batch]),
+        largest=_per_block(batch, largest),
         spectral_decay=group["spectral_decay"],
         power_iters=group["power_iters"],
         vectors=vectors,
@@ -53,6 +53,11 @@ def constrain(batch: Sequence[Member], states: Sequence[dict[str, Any]]) -> None
         parts = vectors.split([member.group["slices"] for member in batch])
         for state, part in zip(states, parts, strict=True):
             state["vectors"] = part.clone()
+
+
+def _per_block(batch: Sequence[Member], values: Sequence[float | None]) -> list[float | None]:
+    pairs = [(v, g) for m, v in zip(batch, values, strict=True) for g in gains(m)]
+    return [None if value is None else value * gain for value, gain in pairs]
 
 
 def _largest(member: Member, state: dict[str, Any]) -> float | None:

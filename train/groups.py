@@ -122,19 +122,30 @@ def _settings(
         "constraint": "none",
         "w_max": 1.0,
         "slices": 1,
+        "gains": None,
     }
     if kind == "embedding":
         settings |= {"kind": optim.embedding, "lr": optim.embedding_lr, "w_max": ROW_RMS}
         settings["constraint"] = "row_clip" if capped else "none"
     elif kind != "vector":
         settings |= {"kind": optim.matrices, "lr": optim.lr, "w_max": constraint.cap(name)}
-        settings |= {"constraint": constraint.kind, "weight_decay": optim.weight_decay}
+        settings |= {"constraint": constraint.kind_of(name), "weight_decay": optim.weight_decay}
         settings["slices"] = row_slices(model, name, constraint)
+        settings["gains"] = _gains(name, constraint, settings["slices"])
     if settings["kind"] != "adamw":
         settings["target"] = update_target(model, name, optim)
     elif kind != "vector":
         settings["lr"] *= longest_match(optim.target_factors, name, 1.0)
     return settings
+
+
+def _gains(name: str, constraint: Constraint, slices: int) -> tuple[float, ...] | None:
+    gains = constraint.gains(name)
+    if gains is not None and len(gains) != slices:
+        raise ConfigError(
+            f"constraint.head_gains: {name} has {slices} heads, got {len(gains)} gains"
+        )
+    return None if gains is None else tuple(gains)
 
 
 def optimizer_defaults(optim: OptimConfig, constraint: Constraint) -> dict[str, Any]:

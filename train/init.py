@@ -19,8 +19,6 @@ from train.groups import ROW_RMS, Constraint, role, row_slices
 
 # Zero outputs make every block start as the plain convex shrinkage of its input.
 ZERO_ROLES = ("output", "down", "head")
-# A relative-position bias this far below the largest carries no weight worth a gradient.
-DEEPEST_BIAS = -8.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,17 +33,22 @@ class InitConfig:
         slope: Fall of a positional head's bias per token away from that distance, nats.
         content_slope: Fall of a content head's bias per token of distance, nats: without it the
             head starts as the mean of the whole context, which says little.
+        floor: Lowest initial position bias, nats, below 0: -8 carries hardly any weight and still
+            a gradient, -30 makes a head read its one token for good.
     """
 
     unigram_bias: bool = True
     offsets: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4),)
     slope: float = 1.0
     content_slope: float = 0.2
+    floor: float = -8.0
 
     def __post_init__(self) -> None:
         check_types(self)
         positive("init.slope", self.slope, zero=True)
         positive("init.content_slope", self.content_slope, zero=True)
+        if not self.floor < 0:
+            raise ConfigError(f"init.floor={self.floor:g}: expected a number below 0")
         if any(not row or min(row) < 0 for row in self.offsets):
             raise ConfigError(
                 f"init.offsets={self.offsets}: expected lists of distances of at least 0"
@@ -56,8 +59,8 @@ class InitConfig:
 def initialise(model: nn.Module, constraint: Constraint, seed: int) -> None:
     """Overwrite all parameters of a ``LipschitzTransformer`` or ``LipschitzMLP``.
 
-    Matrices become orthogonal with RMS->RMS norm ``min(1, cap)``; attention outputs, MLP outputs
-    and the head (the last matrix of an MLP classifier) zero; embedding rows Gaussian with RMS 1;
+    Matrices become orthogonal with RMS->RMS norm ``min(1, cap)``; the head (the last matrix of an
+    MLP classifier) zero, and so are the outputs of blocks with a skip path; embedding rows Gaussian with RMS 1;
     biases and position biases zero. Same seed, same weights, whatever the global random state.
 
     Args:
@@ -73,16 +76,18 @@ def initialise(model: nn.Module, constraint: Constraint, seed: int) -> None:
     linears = [name for name, _ in model.named_parameters() if role(name) == "linear"]
     for name, parameter in model.named_parameters():
         kind = role(name)
-        if kind == "vector" or kind in ZERO_ROLES or name == (linears or [""])[-1]:
+        if kind == "vector" or name == (linears or [""])[-1] or _is_zero(model, name, constraint):
             parameter.zero_()
         elif kind == "embedding":
             rows_VC = torch.randn(parameter.shape, generator=generator)
             rms_V1 = rows_VC.square().mean(dim=1, keepdim=True).sqrt()
             parameter.copy_(rows_VC * ROW_RMS / rms_V1)
         else:
-            gain = 1.0 if constraint.kind == "none" else min(1.0, constraint.cap(name))
-            for part_OI in parameter.chunk(row_slices(model, name, constraint)):
-                part_OI.copy_(gain * _orthogonal(part_OI, generator))
+            cap = 1.0 if constraint.kind_of(name) == "none" else min(1.0, constraint.cap(name))
+            parts = parameter.chunk(row_slices(model, name, constraint))
+            gains = constraint.gains(name) or (1.0,) * len(parts)
+            for gain, part_OI in zip(gains, parts, strict=True):
+                part_OI.copy_(gain * cap * _orthogonal(part_OI, generator))
 
 
 @torch.no_grad()
@@ -112,7 +117,17 @@ def initialise_biases(
         table_HT[:content] = -settings.content_slope * distance_T
         for head in range(content, layer.layer.heads):
             table_HT[head] = -settings.slope * (distance_T - row[(head - content) % len(row)]).abs()
-        table_HT.clamp_(min=DEEPEST_BIAS)
+        table_HT.clamp_(min=settings.floor)
+
+
+def _is_zero(model: nn.Module, name: str, constraint: Constraint) -> bool:
+    kind = role(name)
+    if kind not in ZERO_ROLES or kind == "head":
+        return kind == "head"
+    layer = model.config.layer(int(name.split(".")[1]))
+    residual = layer.attn_residual if kind == "output" else layer.mlp_residual
+    # Without a skip path a zero output would cut the network in two.
+    return residual < 1 and constraint.kind_of(name) != "stiefel"
 
 
 def _orthogonal(like_OI: Tensor, generator: torch.Generator) -> Tensor:

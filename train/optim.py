@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from train.batches import Member, batches, stacked, unstacked
+from train.batches import Member, batches, gains, stacked, unstacked
 from train.constrain import constrain, constraint_key
 from train.group_settings import check_group, shape_factor
 from train.orthogonalize import DTYPES, orthogonalize
@@ -52,6 +52,7 @@ class Muon(torch.optim.Optimizer):
         constraint: Name in ``train.projections.PROJECTIONS``.
         w_max: Cap of the constraint, above 0.
         slices: Row blocks constrained and orthogonalised one by one (attention heads), default 1.
+        gains: Factor on the cap and the update of each row block; None for all 1.
         power_iters: Rounds of power iteration.
         spectral_decay: Share removed by ``spectral_weight_decay``, above 0 to 1.
         constraint_dtype: Arithmetic of the constraint's products, ``float32`` or ``bfloat16``.
@@ -85,6 +86,7 @@ class Muon(torch.optim.Optimizer):
         constraint: str = "none",
         w_max: float = 1.0,
         slices: int = 1,
+        gains: tuple[float, ...] | None = None,
         power_iters: int = 16,
         spectral_decay: float = 0.1,
         constraint_dtype: str = "float32",
@@ -147,7 +149,7 @@ class Muon(torch.optim.Optimizer):
         stack_NOI = stacked(batch, [self._direction(*member) for member in batch])
         polar_NOI = orthogonalize(stack_NOI, group["table"], DTYPES[group["dtype"]])
         for member, update in zip(batch, unstacked(batch, polar_NOI), strict=True):
-            _descend(*member, update, shape_factor(member))
+            _descend(*member, _gained(member, update), shape_factor(member))
 
     def _rows(self, group: dict[str, Any], p: Tensor) -> None:
         direction_OI = self._direction(group, p).float()
@@ -187,6 +189,13 @@ def _of_kind(members: Iterable[Member], kind: str) -> list[Member]:
 def _polar_key(member: Member) -> Hashable:
     group, p = member
     return member.shape, group["table"], group["dtype"], p.dtype, p.device
+
+
+def _gained(member: Member, update: Tensor) -> Tensor:
+    if member.group["gains"] is None:
+        return update
+    gains_N11 = update.new_tensor(gains(member))[:, None, None]
+    return (update.view(-1, *member.shape) * gains_N11).view(update.shape)
 
 
 def _momentum(group: dict[str, Any], step: int) -> float:

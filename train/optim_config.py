@@ -5,13 +5,15 @@ Name patterns are parts of parameter names; the longest that matches decides.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from common.config import check_types, one_of, positive, within
 from common.errors import ConfigError
 from train.group_settings import SHAPE_FACTORS, check_rate
 from train.orthogonalize import DTYPES, TABLES
 from train.projections import PROJECTIONS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +26,11 @@ class Constraint:
         caps: Caps of single matrices: name pattern (part of the parameter's name, such as
             ``head`` or ``attention.query``) to cap; the longest matching pattern wins; None is
             the same as no pattern.
+        kinds: Name pattern to another constraint for the matrices that match.
         per_head: Cap and orthogonalise the query, key and value rows of each head separately.
+        head_gains: Name pattern (such as ``layers.0.attention.value``) to one factor per head on
+            its cap and on its updates; needs ``per_head``. The bound of positional heads is the
+            root of the sum of squares of their gains.
         power_iters: Rounds of power iteration, where there is one.
         spectral_decay: ``spectral_weight_decay`` only: share of the largest singular value that
             every step removes, above 0 to 1, not times the learning rate.
@@ -34,20 +40,33 @@ class Constraint:
     kind: str = "soft_cap"
     w_max: float = 1.0
     caps: dict[str, float | None] = field(default_factory=dict)
+    kinds: dict[str, str | None] = field(default_factory=dict)
     per_head: bool = False
+    head_gains: dict[str, tuple[float, ...]] = field(default_factory=dict)
     power_iters: int = 16
     spectral_decay: float = 0.1
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)
-        one_of("constraint.kind", self.kind, [k for k in PROJECTIONS if k != "row_clip"])
+        for kind in (self.kind, *(kind for kind in self.kinds.values() if kind is not None)):
+            one_of("constraint.kind", kind, [k for k in PROJECTIONS if k != "row_clip"])
         positive("constraint.w_max", self.w_max)
         positive("constraint.power_iters", self.power_iters)
         one_of("constraint.dtype", self.dtype, DTYPES)
         positive("constraint.spectral_decay", self.spectral_decay)
         within("constraint.spectral_decay", self.spectral_decay, 0.0, 1.0)
         _check_positive("constraint.caps", self.caps)
+        _check_gains(self.head_gains, self.per_head)
+
+    def kind_of(self, name: str) -> str:
+        """Return the constraint of the parameter called ``name``."""
+        return longest_match(self.kinds, name, self.kind)
+
+    def gains(self, name: str) -> tuple[float, ...] | None:
+        """Return the gains of the heads of the parameter called ``name``, None for all 1."""
+        matching = [key for key in self.head_gains if key in name]
+        return self.head_gains[max(matching, key=len)] if matching else None
 
     def cap(self, name: str) -> float:
         """Return the cap of the parameter called ``name``."""
@@ -126,10 +145,20 @@ class OptimConfig:
         _check_positive("optim.target_factors", self.target_factors)
 
 
-def longest_match(patterns: Mapping[str, float | None], name: str, default: float) -> float:
+def longest_match(patterns: Mapping[str, T | None], name: str, default: T) -> T:
     """Return the value of the longest pattern that is part of ``name``, else the default."""
     matching = {key: v for key, v in patterns.items() if key in name and v is not None}
     return matching[max(matching, key=len)] if matching else default
+
+
+def _check_gains(gains: Mapping[str, tuple[float, ...]], per_head: bool) -> None:
+    if gains and not per_head:
+        raise ConfigError("constraint.head_gains: needs constraint.per_head=true")
+    for pattern, values in gains.items():
+        if isinstance(values, (str, float, int)) or not values:
+            raise ConfigError(f"constraint.head_gains.{pattern}={values!r}: expected a list")
+        for value in values:
+            positive(f"constraint.head_gains.{pattern}", value)
 
 
 def _check_positive(field_name: str, patterns: Mapping[str, float | None]) -> None:

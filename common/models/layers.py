@@ -181,11 +181,15 @@ class Layer(nn.Module):
     ) -> Tensor:
         """Return ``(1 - a) x + a attention(x)`` (B, T, C)."""
         a = self.layer.attn_residual
+        if a == 0 and attend is None:
+            return x_BTC
         return (1 - a) * x_BTC + a * self.attention(x_BTC, positions_BT, attend)
 
     def mlp_block(self, x_BTC: Tensor) -> Tensor:
         """Return ``(1 - a) x + a mlp(x)`` (B, T, C)."""
         a = self.layer.mlp_residual
+        if a == 0:
+            return x_BTC
         return (1 - a) * x_BTC + a * self.mlp(x_BTC)
 
     def forward(

@@ -9,7 +9,7 @@ import torch
 from common.errors import ConfigError
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from train.groups import Constraint, role
-from train.init import DEEPEST_BIAS, InitConfig, initialise, initialise_biases
+from train.init import InitConfig, initialise, initialise_biases
 
 
 def transformer(**changes):
@@ -87,7 +87,7 @@ def test_positional_heads_start_at_their_offsets():
         table = model.layers[layer].attention.position_bias.detach()
         assert table[0].tolist() == [-0.5 * t for t in range(12)]
         for head, offset in enumerate(offsets, start=1):
-            expected = [max(-2.0 * abs(t - offset), DEEPEST_BIAS) for t in range(12)]
+            expected = [max(-2.0 * abs(t - offset), InitConfig().floor) for t in range(12)]
             assert table[head].tolist() == expected
 
 
