@@ -60,7 +60,8 @@ def initialise(model: nn.Module, constraint: Constraint, seed: int) -> None:
     """Overwrite all parameters of a ``LipschitzTransformer`` or ``LipschitzMLP``.
 
     Matrices become orthogonal with RMS->RMS norm ``min(1, cap)``; the head (the last matrix of an
-    MLP classifier) zero, and so are the outputs of blocks with a skip path; embedding rows Gaussian with RMS 1;
+    MLP classifier) zero, and so are the outputs of blocks with a skip path; embedding rows Gaussian
+    with RMS 1;
     biases and position biases zero. Same seed, same weights, whatever the global random state.
 
     Args:
