@@ -36,7 +36,8 @@ from common.bundle_format import (
     replace_files,
     tensor_bytes,
 )
-from common.certificate import Certificate, config_sha256, tensors_sha256
+from common.certificate import config_sha256, tensors_sha256
+from common.classifier_certificate import AnyCertificate, load_certificate
 from common.errors import BackendError, BundleError, CertificateError, LipError
 from common.locate import is_shipped, resolve_bundle
 from common.models import LipschitzTransformer
@@ -73,7 +74,7 @@ class Bundle:
     provenance: dict[str, Any] | None
     manifest: dict[str, Any]
     void: str | None
-    _certificate: Certificate | None = dataclasses.field(repr=False)
+    _certificate: AnyCertificate | None = dataclasses.field(repr=False)
 
     @property
     def kind(self) -> str:
@@ -86,8 +87,8 @@ class Bundle:
         return str(self.manifest["fingerprint"])
 
     @property
-    def certificate(self) -> Certificate | None:
-        """The certificate, or None when there is none.
+    def certificate(self) -> Any:
+        """``Certificate`` (of a classifier ``ClassifierCertificate``), or None without one.
 
         Raises:
             CertificateError: when it is void (made for other weights, or unreadable).
@@ -102,7 +103,7 @@ def save_bundle(
     model: nn.Module,
     tokenizer: Tokenizer | None = None,
     *,
-    certificate: Certificate | None = None,
+    certificate: AnyCertificate | None = None,
     compression: Mapping[str, Any] | None = None,
     kv_stats: Mapping[str, Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -169,7 +170,7 @@ def save_bundle(
 def extend_bundle(
     path: str | Path,
     *,
-    certificate: Certificate | None = None,
+    certificate: AnyCertificate | None = None,
     compression: Mapping[str, Any] | None = None,
     kv_stats: Mapping[str, Tensor] | None = None,
     command: str = "",
@@ -303,17 +304,17 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _read_certificate(
     path: Path, contents: Mapping[str, bytes]
-) -> tuple[Certificate | None, str | None]:
+) -> tuple[AnyCertificate | None, str | None]:
     if not any(name in contents for name in CERTIFICATE):
         return None, None
     try:
-        return Certificate.load(path), None
+        return load_certificate(path), None
     except CertificateError as error:
         return None, str(error)
 
 
 def _void_reason(
-    path: Path, certificate: Certificate, state: Mapping[str, Tensor], model: nn.Module
+    path: Path, certificate: AnyCertificate, state: Mapping[str, Tensor], model: nn.Module
 ) -> str | None:
     remedy = f"the certificate is void; run: lipllm certify bundle={path}"
     found, stated = tensors_sha256(state), certificate.weights_sha256

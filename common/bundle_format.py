@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from common import files
-from common.certificate import Certificate, tensors_sha256
+from common.certificate import tensors_sha256
+from common.classifier_certificate import AnyCertificate
 from common.errors import BundleError, LipError
 from common.ledger import versions
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
@@ -87,7 +88,7 @@ def _which_tensor(path: Path, name: str, data: bytes) -> str:
 def replace_files(
     path: Path,
     contents: Mapping[str, bytes],
-    certificate: Certificate | None,
+    certificate: AnyCertificate | None,
     manifest: Mapping[str, Any],
     command: str,
 ) -> None:
@@ -129,8 +130,7 @@ def describe_model(model: nn.Module) -> tuple[str, dict[str, Any]]:
     if isinstance(model, LipschitzTransformer):
         return "transformer", model.config.to_dict()
     if isinstance(model, LipschitzMLP):
-        fields = {"sizes": list(model.sizes), "activation": model.activation, "bias": model.bias}
-        return "classifier", fields
+        return "classifier", model.config.to_dict()
     raise BundleError(
         f"model of type {type(model).__name__}: expected LipschitzTransformer or LipschitzMLP"
     )

@@ -197,7 +197,7 @@ class Certificate:
             CertificateError: if a file is missing or damaged, or of a foreign version.
         """
         directory = Path(directory)
-        content, tensors = _read(directory)
+        content, tensors = read_proof(directory)
         try:
             version = content["format_version"]
             if version != FORMAT_VERSION:
@@ -265,7 +265,11 @@ def config_sha256(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_proof(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the content of the two files of a certificate; ``CertificateError`` naming a bad one.
+
+    Bundles of both kinds of models keep their proofs in these files.
+    """
     path = directory / JSON_FILE
     try:
         content = json.loads(path.read_text())

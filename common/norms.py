@@ -171,7 +171,7 @@ def product_norm_bound(left_OM: Tensor, right_MI: Tensor) -> float:
     """
     left_OM, right_MI = exact64(_matrix(left_OM)), exact64(_matrix(right_MI))
     if left_OM.shape[0] > left_OM.shape[1]:
-        left_OM = _square_factor(left_OM)
+        left_OM = square_factor(left_OM)
     rounding = schur_norm(left_OM.abs() @ right_MI.abs())
     norm = spectral_norm_bound(left_OM @ right_MI)
     return round_up(norm + 1.01 * gamma(left_OM.shape[1] + 4) * rounding)
@@ -191,7 +191,7 @@ def _matrix(w_OI: Tensor) -> Tensor:
     return w_OI
 
 
-def _square_factor(left_OM: Tensor) -> Tensor:
+def square_factor(left_OM: Tensor) -> Tensor:
     """Return a square root with ``left^T left <= root^T root`` (as quadratic forms)."""
     gram_MM, error = weighted_gram(left_OM)
     size = gram_MM.shape[0]

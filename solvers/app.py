@@ -5,15 +5,12 @@ import math
 import time
 from typing import Any
 
-from common.bundle import Bundle, extend_bundle, load_bundle
-from common.certificate import Certificate
+from common.bundle import extend_bundle, load_bundle
+from common.classifier_certificate import AnyCertificate, ClassifierCertificate
 from common.config import build
-from common.errors import BundleError
-from common.models import LipschitzTransformer
 from common.runs import Outcome, Run, hydra_command
 from solvers import bounds
 from solvers.attack_app import attack
-from solvers.bounds.attack import with_attack
 from solvers.bounds.checker import check
 from solvers.solve_app import solve
 
@@ -27,16 +24,16 @@ def certify(cfg: Any, run: Run) -> Outcome:
     the independent checker.
     """
     settings = build(cfg.certify)
-    bundle = _transformer(load_bundle(cfg.bundle))
+    bundle = load_bundle(cfg.bundle)
     began = time.perf_counter()
     certificate = bounds.certify(bundle.model, settings.tighten, settings=settings.tightening())
     metrics = {"cert/seconds": time.perf_counter() - began}
     if settings.attack_steps:
         began = time.perf_counter()
         result = bounds.attack(bundle.model, certificate, settings=settings.attacks(int(cfg.seed)))
-        certificate = with_attack(certificate, result)
+        certificate = bounds.with_attack(certificate, result)
         metrics["cert/attack_seconds"] = time.perf_counter() - began
-    report = check(bundle.config, bundle.model.state_dict(), certificate)
+    report = check(bundle.model.config, bundle.model.state_dict(), certificate)
     metrics["cert/verify_seconds"] = report.seconds
     extended = extend_bundle(
         bundle.path,
@@ -70,7 +67,7 @@ def verify(cfg: Any, run: Run) -> Outcome:
     return Outcome(metrics=_finite(metrics))
 
 
-def figures(certificate: Certificate) -> dict[str, float]:
+def figures(certificate: AnyCertificate) -> dict[str, float]:
     """Return a certificate's numbers under their declared metric names."""
     names = ("reference", "naive", "tightened")
     values = {f"cert/{name}": float(getattr(certificate, name)) for name in names}
@@ -78,11 +75,15 @@ def figures(certificate: Certificate) -> dict[str, float]:
     blocks = certificate.blocks
     gaps = [(b.tightened - b.dual) / b.tightened for b in blocks if b.dual is not None]
     values |= {
-        "cert/naive_over_tightened": 10 ** (certificate.log10_naive - certificate.log10_tightened),
-        "cert/radius": certificate.radius,
+        "cert/naive_over_tightened": _ratio(certificate),
         "cert/evals": float(sum(block.evals for block in blocks)),
         "cert/gap": max(gaps, default=0.0),
     }
+    if isinstance(certificate, ClassifierCertificate):
+        names = ("naive_l2", "tightened_l2", "pair_l2")
+        values |= {f"cert/{name}": float(getattr(certificate, name)) for name in names}
+    else:
+        values["cert/radius"] = certificate.radius
     values |= {f"cert/block/{block.index}": block.tightened for block in blocks}
     if certificate.attack:
         values["cert/attack"] = certificate.attack
@@ -90,18 +91,14 @@ def figures(certificate: Certificate) -> dict[str, float]:
     return values
 
 
+def _ratio(certificate: AnyCertificate) -> float:
+    # Both are -400 for a constant of 0, and neither overflows where the numbers do.
+    return float(10 ** (certificate.log10_naive - certificate.log10_tightened))
+
+
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
     # Bounds above the largest float stay visible through their logarithms.
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _transformer(bundle: Bundle) -> Bundle:
-    if not isinstance(bundle.model, LipschitzTransformer):
-        raise BundleError(
-            f"{bundle.path}: holds a {bundle.kind}; only transformers can be certified: expected a "
-            "bundle of one"
-        )
-    return bundle
 
 
 main_certify = hydra_command("certify", certify)

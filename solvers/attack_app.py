@@ -1,6 +1,7 @@
 """Command ``attack``: search the largest sensitivity, and with data evaluate robustness."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from common.images import ImageConfig, load_images
 from common.models import LipschitzTransformer
 from common.runs import Outcome, Run
 from solvers import bounds
-from solvers.bounds.attack import with_attack
 from solvers.robustness import Evaluation, ImageEvaluator, RobustnessSettings, TextEvaluator
 from solvers.robustness.text import attack_windows
 
@@ -29,8 +29,8 @@ def attack(cfg: Any, run: Run) -> Outcome:
 
     Args:
         cfg: Keys ``bundle``, ``certify`` (budget of the search for large ratios), ``data``,
-            ``robustness``, ``seed``, ``device``. Without ``data`` only a transformer's Lipschitz
-            constant is attacked; with it, inputs of the validation split are certified and
+            ``robustness``, ``seed``, ``device``. Without ``data`` only the Lipschitz constant
+            is attacked; with it, inputs of the validation split are certified and
             attacked too.
         run: Where ``robustness.json`` goes.
 
@@ -50,10 +50,8 @@ def attack(cfg: Any, run: Run) -> Outcome:
     _check_data(bundle, data, is_text=is_text)
     metrics: dict[str, float] = {}
     artifacts: dict[str, Path] = {}
-    best = None
-    if is_text:
-        metrics |= _lipschitz(bundle, search)
-        best = metrics["attack/best"]
+    metrics |= _lipschitz(bundle, search)
+    best = metrics["attack/best"]
     if data is None:
         log.info(
             "certified accuracy and attacked accuracy need data: add data=NAME (as in lipllm train)"
@@ -69,11 +67,6 @@ def attack(cfg: Any, run: Run) -> Outcome:
 
 
 def _check_data(bundle: Bundle, data: Any, *, is_text: bool) -> None:
-    if data is None and not is_text:
-        raise ConfigError(
-            f"bundle={bundle.path}: holds a {bundle.kind}, expected images to attack; add "
-            "data=NAME (as in lipllm train)"
-        )
     expected = DataConfig if is_text else ImageConfig
     if data is not None and not isinstance(data, expected):
         raise ConfigError(
@@ -87,7 +80,7 @@ def _lipschitz(bundle: Bundle, search: bounds.AttackSettings) -> dict[str, float
     result = bounds.attack(bundle.model, bundle.certificate, settings=search)
     if bundle.certificate is not None:
         # For its error alone: a value above a bound refutes the proof.
-        with_attack(bundle.certificate, result)
+        bounds.with_attack(bundle.certificate, result)
     return {
         "attack/best": result.value,
         "attack/structured": result.structured,
@@ -118,5 +111,9 @@ def _images(
 ) -> Evaluation:
     images = load_images(data)
     limit = settings.images or len(images.val_labels_N)
-    evaluator = ImageEvaluator(bundle.model, settings)
+    total = math.inf
+    if bundle.certificate is not None:
+        bounds.verify(bundle)
+        total = bundle.certificate.tightened_l2
+    evaluator = ImageEvaluator(bundle.model, settings, total)
     return evaluator.evaluate(images.val_NI[:limit], images.val_labels_N[:limit], seed=seed)

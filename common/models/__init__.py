@@ -1,5 +1,6 @@
 """Model definitions: one transformer and one classifier serve training, proofs and serving."""
 
+from common.models.classifier import ClassifierConfig as ClassifierConfig
 from common.models.classifier import LipschitzMLP as LipschitzMLP
 from common.models.classifier import MLPConfig as MLPConfig
 from common.models.config import LayerConfig as LayerConfig

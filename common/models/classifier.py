@@ -5,6 +5,7 @@
 import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,28 @@ def check_sizes(sizes: Sequence[int], activation: str) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierConfig:
+    """Everything needed to build a ``LipschitzMLP``; see there."""
+
+    sizes: tuple[int, ...]
+    activation: str = "relu"
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_sizes(self.sizes, self.activation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return {"sizes": list(self.sizes), "activation": self.activation, "bias": self.bias}
+
+
 class LipschitzMLP(nn.Module):
     """Linear layers with an activation of slope at most 1 between them.
 
     Args:
-        sizes: Widths from input to classes, at least two.
+        sizes: Widths from input to classes, at least two; or a whole ``ClassifierConfig``.
         activation: ``relu``, ``abs`` or ``maxmin`` (sorts neighbouring pairs).
         bias: Whether the layers have biases.
 
@@ -66,13 +84,35 @@ class LipschitzMLP(nn.Module):
         arXiv 2507.13338, CIFAR-10 experiments (3072-256-256-10, ReLU, no biases).
     """
 
-    def __init__(self, sizes: Sequence[int], activation: str = "relu", bias: bool = True):
+    def __init__(
+        self,
+        sizes: Sequence[int] | ClassifierConfig,
+        activation: str = "relu",
+        bias: bool = True,
+    ):
         super().__init__()
-        check_sizes(sizes, activation)
-        self.sizes, self.activation, self.bias = tuple(sizes), activation, bias
+        if not isinstance(sizes, ClassifierConfig):
+            sizes = ClassifierConfig(sizes=tuple(sizes), activation=activation, bias=bias)
+        self.config = sizes
         self.linears = nn.ModuleList(
-            nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in pairwise(sizes)
+            nn.Linear(fan_in, fan_out, bias=self.config.bias)
+            for fan_in, fan_out in pairwise(self.config.sizes)
         )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Widths from input to classes."""
+        return self.config.sizes
+
+    @property
+    def activation(self) -> str:
+        """Name of the activation."""
+        return self.config.activation
+
+    @property
+    def bias(self) -> bool:
+        """Whether the layers have biases."""
+        return self.config.bias
 
     @property
     def num_parameters(self) -> int:

@@ -1,8 +1,9 @@
 """The trusted core: re-proves every bound of a certificate from weights and multipliers.
 
 Float64, no solver code. Each bound is valid for any positive multipliers, so a certificate can be
-wrong only through this file, ``admissible``, the ``*_proof`` modules, ``slopes``, or ``norms``,
-``certificate``, ``bundle`` and ``models`` of ``common``. Source: spec bound_tightening 4.6, 7, 8.
+wrong only through this file, ``claims``, ``admissible``, ``classifier_checker``, the ``*_proof``
+modules, ``slopes``, or ``norms``, ``*certificate``, ``bundle`` and ``models`` of ``common``.
+Source: spec bound_tightening 4.6, 7, 8.
 """
 
 # Shape letters: C width, V vocabulary.
@@ -11,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,16 @@ from common.certificate import (
     KINDS,
     BlockProof,
     Certificate,
-    config_sha256,
     log10_up,
     product_up,
-    tensors_sha256,
 )
+from common.classifier_certificate import ClassifierCertificate, load_certificate
 from common.errors import CertificateError, LipError
-from common.models import LipschitzTransformer, ModelConfig
-from solvers.bounds.admissible import check_multipliers, check_weights
+from common.models import ClassifierConfig, LipschitzMLP, LipschitzTransformer, ModelConfig
+from solvers.bounds.admissible import check_multipliers
 from solvers.bounds.attention_proof import prove_attention
+from solvers.bounds.claims import VerifyReport, at_least, check_identity
+from solvers.bounds.classifier_checker import check_classifier
 from solvers.bounds.head_proof import domain_radius, head_norms
 from solvers.bounds.mlp_proof import BlockBound, prove_mlp
 
@@ -41,18 +42,6 @@ STORED_MARGIN = 1e-10
 """Relative amount a certifier adds to what is proved here, so that another machine agrees."""
 
 _BLOCK_FIELDS = ("naive", "tightened", "radius_out", "naive_radius_out")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyReport:
-    """Outcome of a successful check; ``margin`` is the relative rounding allowance in the bound."""
-
-    tightened: float
-    naive: float
-    blocks: int
-    multipliers: int
-    margin: float
-    seconds: float
 
 
 def prove_block(
@@ -90,23 +79,34 @@ def prove_block(
 
 
 def check(
-    config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
+    config: ModelConfig | ClassifierConfig, tensors: Mapping[str, Tensor], certificate: Any
 ) -> VerifyReport:
     """Re-prove a certificate from a configuration and the tensors of a model's state.
+
+    Args:
+        config: Of a transformer or a classifier.
+        tensors: The model's state, any floating types.
+        certificate: ``Certificate`` or ``ClassifierCertificate``, as the model needs.
 
     Raises:
         CertificateError: naming the first tensor, field or block that is wrong.
     """
-    began = time.perf_counter()
-    _check_hashes("weight", tensors_sha256(tensors), certificate.weights_sha256)
-    _check_hashes(
-        "multiplier", tensors_sha256(certificate.multipliers), certificate.multipliers_sha256
+    if isinstance(config, ClassifierConfig) and isinstance(certificate, ClassifierCertificate):
+        return check_classifier(config, tensors, certificate)
+    if isinstance(config, ModelConfig) and isinstance(certificate, Certificate):
+        return _check_transformer(config, tensors, certificate)
+    raise CertificateError(
+        f"{type(certificate).__name__}: not a proof about a {type(config).__name__}; certify again"
     )
-    if config_sha256(config) != certificate.config_sha256:
-        raise CertificateError("model configuration: differs from the certified one (config hash)")
-    check_weights(tensors)
+
+
+def _check_transformer(
+    config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
+) -> VerifyReport:
+    began = time.perf_counter()
+    check_identity(config, tensors, certificate)
     _check_header(config, certificate)
-    _at_least("radius", certificate.radius, domain_radius(tensors["embedding.weight"]))
+    at_least("radius", certificate.radius, domain_radius(tensors["embedding.weight"]))
     margin, radius, naive_radius = STORED_MARGIN, certificate.radius, certificate.radius
     for index, block in enumerate(certificate.blocks):
         _check_place(index, block, radius, naive_radius)
@@ -127,7 +127,7 @@ def verify(target: str | Path | Bundle | nn.Module, certificate: Any = None) -> 
     """Re-prove the certificate of a bundle, or of a model and a certificate given with it.
 
     Args:
-        target: Bundle, its directory or name; or a ``LipschitzTransformer``.
+        target: Bundle, its directory or name; or a ``LipschitzTransformer`` or ``LipschitzMLP``.
         certificate: Needed with a model only.
 
     Raises:
@@ -135,42 +135,32 @@ def verify(target: str | Path | Bundle | nn.Module, certificate: Any = None) -> 
         BundleError: naming a file that is missing, damaged or not as its manifest says.
     """
     if isinstance(target, nn.Module):
-        if not isinstance(certificate, Certificate):
+        if certificate is None:
             raise CertificateError("verify(model): expected a certificate beside the model")
         return check(_config(target), target.state_dict(), certificate)
     path = target.path if isinstance(target, Bundle) else resolve_bundle(target)
     # Tensor hashes come before the manifest: they say which tensor was changed.
-    report = check(*_read_model(path), Certificate.load(path))
+    report = check(*_read_model(path), load_certificate(path))
     load_bundle(path)
     return report
 
 
-def _config(model: nn.Module) -> ModelConfig:
-    if not isinstance(model, LipschitzTransformer):
-        raise CertificateError(f"model of type {type(model).__name__}: expected a transformer")
+def _config(model: nn.Module) -> ModelConfig | ClassifierConfig:
+    if not isinstance(model, LipschitzTransformer | LipschitzMLP):
+        raise CertificateError(f"model of type {type(model).__name__}: no proof is known for it")
     return model.config
 
 
-def _read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _read_model(path: Path) -> tuple[ModelConfig | ClassifierConfig, dict[str, Tensor]]:
     try:
         content = json.loads((path / "config.json").read_text())
         tensors = safetensors.torch.load((path / "model.safetensors").read_bytes())
+        if content["kind"] == "classifier":
+            return ClassifierConfig(**content["classifier"]), tensors
         return ModelConfig.from_dict(content["transformer"]), tensors
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, LipError) as error:
         load_bundle(path)
-        raise CertificateError(f"{path}: no transformer can be read from it ({error})") from error
-
-
-def _check_hashes(what: str, found: Mapping[str, str], stated: Mapping[str, str]) -> None:
-    for name in sorted(found.keys() | stated.keys()):
-        if name not in found or name not in stated:
-            state = "missing" if name in stated else "not in the certificate"
-            raise CertificateError(f"{what} tensor {name}: {state}; certify again")
-        if found[name] != stated[name]:
-            raise CertificateError(
-                f"{what} tensor {name}: content differs from the certified one (sha256 "
-                f"{found[name][:12]}, expected {str(stated[name])[:12]}); certify again"
-            )
+        raise CertificateError(f"{path}: no model can be read from it ({error})") from error
 
 
 def _check_header(config: ModelConfig, certificate: Certificate) -> None:
@@ -224,13 +214,13 @@ def _check_block(
         config, tensors, block.index, block.radius_in, block.naive_radius_in, multipliers
     )
     for name in _BLOCK_FIELDS:
-        _at_least(f"block {block.index} {name}", getattr(block, name), getattr(proved, name))
+        at_least(f"block {block.index} {name}", getattr(block, name), getattr(proved, name))
     # Only so is the naive bound, proved on its own ball, a bound on the ball of radius_in too.
     place = f"block {block.index} naive_radius_out (against radius_out)"
-    _at_least(place, block.naive_radius_out, block.radius_out)
+    at_least(place, block.naive_radius_out, block.radius_out)
     attack = block.components.get("attack", 0.0)
-    _at_least(f"block {block.index} tightened (against attack)", block.tightened, attack)
-    _at_least(f"block {block.index} naive (against tightened)", block.naive, block.tightened)
+    at_least(f"block {block.index} tightened (against attack)", block.tightened, attack)
+    at_least(f"block {block.index} naive (against tightened)", block.naive, block.tightened)
     return proved.margin
 
 
@@ -238,19 +228,19 @@ def _check_totals(
     config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
 ) -> None:
     head, pair = head_norms(config, tensors["head.weight"])
-    _at_least("head_norm", certificate.head_norm, head)
-    _at_least("pair_norm", certificate.pair_norm, pair)
+    at_least("head_norm", certificate.head_norm, head)
+    at_least("pair_norm", certificate.pair_norm, pair)
     for which in ("naive", "tightened"):
         factors = chain(certificate, which)
-        _at_least(which, getattr(certificate, which), product_up(factors), infinite=True)
+        at_least(which, getattr(certificate, which), product_up(factors), infinite=True)
         log10 = log10_up(factors)
         stored = getattr(certificate, f"log10_{which}")
-        _at_least(f"log10_{which}", stored, log10 - 1e-13 * (1 + abs(log10)))
-    _at_least("naive (against tightened)", certificate.naive, certificate.tightened, infinite=True)
+        at_least(f"log10_{which}", stored, log10 - 1e-13 * (1 + abs(log10)))
+    at_least("naive (against tightened)", certificate.naive, certificate.tightened, infinite=True)
     if certificate.reference_sound:
-        _at_least("reference", certificate.reference, certificate.tightened, infinite=True)
+        at_least("reference", certificate.reference, certificate.tightened, infinite=True)
     if certificate.attack is not None:
-        _at_least("tightened (against attack)", certificate.tightened, certificate.attack)
+        at_least("tightened (against attack)", certificate.tightened, certificate.attack)
 
 
 def most_heads(config: ModelConfig) -> int:
@@ -263,16 +253,3 @@ def chain(certificate: Certificate, which: str) -> list[float]:
     blocks = [Certificate.constant(block, which) for block in certificate.blocks]
     ratio = math.sqrt(certificate.width / certificate.vocab_size)
     return [*blocks, certificate.head_norm, ratio]
-
-
-def _at_least(name: str, stored: Any, proved: Any, *, infinite: bool = False) -> None:
-    # JSON may hold anything, among them integers beyond the range of floats.
-    is_number = all(
-        type(x) is float or (type(x) is int and abs(x) < 2**1023) for x in (stored, proved)
-    )
-    if not is_number or math.isnan(stored) or (math.isinf(stored) and not infinite):
-        raise CertificateError(f"{name}={stored!r}: expected a finite number; certify again")
-    if not stored >= proved:
-        raise CertificateError(
-            f"{name}={stored!r}: below {proved!r}, which is what can be proved; certify again"
-        )
