@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.files import replace_bytes
 from common.tokenizer import Tokenizer
-from train.probes import continuation, matrix_norms, max_activation, naive_certificate
+from train.probes import activation_maxima, continuation, matrix_norms, naive_certificate
 from train.progress import EachStep, Progress, log_metrics
 
 __all__ = ["CHECKPOINT", "Certify", "Checkpoint", "EachStep", "Progress", "Sample", "log_metrics"]
@@ -29,11 +29,11 @@ _SAMPLE = re.compile(r"^=== step (\d+) ===$", re.MULTILINE)
 
 
 class Certify(EachStep):
-    """Logs the naive certificate, the norm of every matrix and the largest activation.
+    """Logs the naive certificate, the norm of every matrix and the largest activations.
 
     Args:
         every: Period in steps.
-        probe_BT: Tokens (B, T) on which the largest activation is measured.
+        probe_BT: Tokens (B, T) on which the largest activations are measured.
     """
 
     def __init__(self, every: int, probe_BT: Tensor):
@@ -45,14 +45,16 @@ class Certify(EachStep):
         model = pl_module.whole()
         if trainer.is_global_zero:
             certificate, norms = naive_certificate(model), matrix_norms(model)
+            maxima = activation_maxima(model, self.probe_BT)
             log_metrics(
                 trainer,
                 {
                     "train/bound_naive": certificate.naive,
                     "train/log10_bound_naive": certificate.log10_naive,
                     "train/max_norm": max(norms.values()),
-                    "train/max_activation": max_activation(model, self.probe_BT),
+                    "train/max_activation": max(maxima.values()),
                     **norms,
+                    **maxima,
                 },
             )
 

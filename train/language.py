@@ -14,6 +14,7 @@ from common.files import write_json
 from common.ledger import Outcome, Run
 from common.models import LipschitzTransformer, ModelConfig
 from train.callbacks import Certify, Checkpoint, Progress, Sample
+from train.cost import Cost, flops_per_token
 from train.data import TokenDataModule
 from train.evaluate import bits_per_byte, evaluate, reference_windows
 from train.groups import parameter_groups
@@ -122,9 +123,11 @@ def _callbacks(
     if watch.sample_prompt:
         prompt_T = torch.from_numpy(corpus.tokenizer.encode(watch.sample_prompt))
     samples = directory / "samples.txt"
+    cost = Cost(watch.log_every, progress, flops_per_token(model, context), watch.peak_flops)
     # The checkpoint comes last: an interruption must not cut off another callback.
     return [
         progress,
+        cost,
         Certify(watch.certificate_every, probe_BT),
         Sample(watch.sample_every, samples, corpus.tokenizer, prompt_T, watch.sample_tokens),
         Checkpoint(watch.checkpoint_every, directory / "checkpoints"),

@@ -39,14 +39,20 @@ def matrix_norms(model: LipschitzTransformer) -> dict[str, float]:
 
 
 @torch.no_grad()
-def max_activation(model: LipschitzTransformer, tokens_BT: Tensor) -> float:
-    """Return the largest absolute entry of the residual stream after any layer, or of a logit."""
+def activation_maxima(model: LipschitzTransformer, tokens_BT: Tensor) -> dict[str, float]:
+    """Return ``train/act_max/<place>``: the largest absolute entry of the stream and the logits.
+
+    Places are ``embedding``, each layer's ``attention`` and ``mlp`` block (the stream behind it)
+    and ``logits``. Estimates: the largest on these tokens. Compare with a run under
+    ``constraint=none`` to see what the caps do to the range that low precision has to cover.
+    """
     x_BTC = model.embed(tokens_BT.to(model.embedding.weight.device))
-    largest = x_BTC.abs().max()
-    for layer in model.layers:
-        x_BTC = layer(x_BTC)
-        largest = torch.maximum(largest, x_BTC.abs().max())
-    return float(torch.maximum(largest, model.logits(x_BTC).abs().max()))
+    maxima = {"train/act_max/embedding": float(x_BTC.abs().max())}
+    for index, layer in enumerate(model.layers):
+        for kind, block in (("attention", layer.attend_block), ("mlp", layer.mlp_block)):
+            x_BTC = block(x_BTC)
+            maxima[f"train/act_max/{index}.{kind}"] = float(x_BTC.abs().max())
+    return maxima | {"train/act_max/logits": float(model.logits(x_BTC).abs().max())}
 
 
 @torch.no_grad()

@@ -80,6 +80,16 @@ class Progress(EachStep):
         """Trained positions per second of all devices, over this process' whole run."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
+    @property
+    def tokens(self) -> float:
+        """Trained positions of all devices in this process' run."""
+        return self._tokens
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to where the clock last stopped."""
+        return self._seconds
+
     def amount(self, batch: Any) -> int:
         """Return the trained positions in a batch of one rank."""
         return int(batch.shape[0] * (batch.shape[1] - 1))

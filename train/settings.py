@@ -95,6 +95,7 @@ class CallbacksConfig:
         sample_prompt: Text to continue; empty for the first validation characters.
         sample_tokens: Tokens per sample.
         checkpoint_every: Steps between checkpoints; Ctrl-C writes one as well.
+        peak_flops: Peak FLOP/s of one device, for model FLOP utilisation; None looks up known GPUs.
     """
 
     log_every: int = 10
@@ -103,10 +104,13 @@ class CallbacksConfig:
     sample_prompt: str = ""
     sample_tokens: int = 200
     checkpoint_every: int = 100
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         positive("callbacks.log_every", self.log_every)
+        if self.peak_flops is not None:
+            positive("callbacks.peak_flops", self.peak_flops)
         positive("callbacks.sample_tokens", self.sample_tokens)
         for name in ("certificate_every", "sample_every", "checkpoint_every"):
             positive(f"callbacks.{name}", getattr(self, name), zero=True)
