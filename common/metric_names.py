@@ -23,8 +23,6 @@ METRICS: dict[str, str] = {
     "train/tokens_per_s": "Training speed, tokens per second",
     "train/mfu": "Model FLOP utilisation: needed over peak operations per second, share",
     "train/update_share": "Share of a step's time for updates and constraints (one step, estimate)",
-    "train/mfu": "Model FLOP utilisation: needed over peak operations per second, share",
-    "train/update_share": "Share of a step's time for updates and constraints (one step, estimate)",
     "train/images_seen": "Training images consumed",
     "train/images_per_s": "Training speed, images per second",
     "train/acc_train": "Accuracy on the training images with their labels, noisy ones too, share",
@@ -109,7 +107,6 @@ METRICS: dict[str, str] = {
 
 # Names with a part that depends on the model: anything after the prefix.
 FAMILIES: dict[str, str] = {
-    "train/act_max/": "Largest absolute activation behind one block (estimate)",
     "train/act_max/": "Largest absolute activation behind one block (estimate)",
     "train/norm/": "RMS to RMS norm of one weight matrix",
     "cert/block/": "Lipschitz constant of one residual block",

@@ -16,6 +16,7 @@ from train.optim_config import OptimConfig as OptimConfig
 from train.optim_config import longest_match
 from train.projections import PROJECTIONS
 
+HEAD = "head.weight"
 # Embedding rows have at most this RMS; certificates start from the measured radius.
 ROW_RMS = 1.0
 # Patterns that configurations list for every model, whether it has such matrices or not.
@@ -41,6 +42,8 @@ def parameter_groups(
     """
     names = dict(model.named_parameters())
     _check_patterns("constraint.caps", constraint.caps, names)
+    _check_patterns("constraint.kinds", constraint.kinds, names)
+    _check_patterns("constraint.head_gains", constraint.head_gains, names)
     _check_patterns("optim.target_factors", optim.target_factors, names)
     if optim.matrices == "adamw" and PROJECTIONS[constraint.kind].needs_largest:
         raise ConfigError(
@@ -51,7 +54,9 @@ def parameter_groups(
     for name, parameter in names.items():
         settings = _settings(model, name, optim, constraint)
         is_free = settings["constraint"] == "none" and settings["kind"] == "adamw"
-        key = (None if is_free else tuple(parameter.shape), *settings.values())
+        # The head is alone, since its cap may follow a budget.
+        shape = None if is_free else tuple(parameter.shape)
+        key = (shape, name == HEAD, *settings.values())
         group = groups.setdefault(key, {**settings, "params": [], "names": []})
         group["params"].append(parameter)
         group["names"].append(name)

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from common.certificate import Certificate
 from common.config import build
 from common.corpus import Corpus, DataConfig, prepare_corpus
 from common.files import write_json
 from common.ledger import Outcome, Run
 from common.models import LipschitzTransformer, ModelConfig
+from solvers.bounds import certify
+from train.budget import KeepBudget, enforce
 from train.callbacks import Certify, Checkpoint, Progress, Sample
 from train.cost import Cost, flops_per_token
 from train.data import TokenDataModule
@@ -21,8 +24,9 @@ from train.groups import parameter_groups
 from train.init import initialise, initialise_biases
 from train.margins import MARGINS_FILE, MOST_POSITIONS, text_margins
 from train.module import LipschitzModule
-from train.probes import certificate_figures, matrix_norms, naive_certificate
+from train.probes import certificate_figures, matrix_norms
 from train.session import (
+    STORED,
     Settings,
     compiled,
     finished,
@@ -70,7 +74,7 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
     callbacks = _callbacks(progress, corpus, model, settings, run.directory)
     trainer = fit(module, data, callbacks, settings, cfg, run)
     model = finished(module, trainer, settings)
-    certificate = naive_certificate(model)
+    certificate = _certificate(model, settings)
     metrics = _final_metrics(model, corpus, settings) | certificate_figures(certificate)
     metrics |= {
         "train/params": model.num_parameters,
@@ -84,7 +88,7 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
         windows_NT = corpus.windows("val", context, max(1, MOST_POSITIONS // context))
         margins = text_margins(model, windows_NT, certificate)
         write_json(run.directory / MARGINS_FILE, margins)
-    return _outcome(model.cpu(), corpus, metrics, run, trainer, settings)
+    return _outcome(model.cpu(), corpus, certificate, metrics, run, trainer, settings)
 
 
 def build_model(cfg: DictConfig, corpus: Corpus, settings: Settings) -> LipschitzTransformer:
@@ -124,14 +128,24 @@ def _callbacks(
         prompt_T = torch.from_numpy(corpus.tokenizer.encode(watch.sample_prompt))
     samples = directory / "samples.txt"
     cost = Cost(watch.log_every, progress, flops_per_token(model, context), watch.peak_flops)
+    budget = settings.trainer.budget
     # The checkpoint comes last: an interruption must not cut off another callback.
     return [
         progress,
+        *([] if budget.target is None else [KeepBudget(budget)]),
         cost,
         Certify(watch.certificate_every, probe_BT),
         Sample(watch.sample_every, samples, corpus.tokenizer, prompt_T, watch.sample_tokens),
         Checkpoint(watch.checkpoint_every, directory / "checkpoints"),
     ]
+
+
+def _certificate(model: LipschitzTransformer, settings: Settings) -> Certificate:
+    """Certify the finished model, within its budget where it has one."""
+    loop = settings.trainer
+    if loop.budget.target is not None:
+        enforce(model, loop.budget, STORED[loop.save_dtype])
+    return certify(model, tighten=loop.certify == "tightened")
 
 
 def _final_metrics(
@@ -156,6 +170,7 @@ def _final_metrics(
 def _outcome(
     model: LipschitzTransformer,
     corpus: Corpus,
+    certificate: Certificate,
     metrics: dict[str, float],
     run: Run,
     trainer: L.Trainer,
@@ -165,7 +180,15 @@ def _outcome(
     if not trainer.is_global_zero:
         return Outcome(metrics=metrics, objective=objective)
     write_json(run.directory / "corpus.json", corpus.describe())
-    bundle = store(run, model, settings, tokenizer=corpus.tokenizer, corpus=corpus, metrics=metrics)
+    bundle = store(
+        run,
+        model,
+        settings,
+        tokenizer=corpus.tokenizer,
+        corpus=corpus,
+        certificate=certificate if settings.trainer.certify == "tightened" else None,
+        metrics=metrics,
+    )
     artifacts = {"bundle": bundle}
     samples = run.directory / "samples.txt"
     if samples.is_file():

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from common.bundle import save_bundle
+from common.certificate import Certificate
 from common.config import build
 from common.corpus import Corpus
 from common.ledger import Run
@@ -120,6 +121,7 @@ def store(
     *,
     tokenizer: Tokenizer | None = None,
     corpus: Corpus | None = None,
+    certificate: Certificate | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Write the bundle of a run with its provenance and return its folder.
@@ -130,6 +132,7 @@ def store(
         settings: For the seed and the stored precision.
         tokenizer: Of a language model.
         corpus: What it was trained on, where that is text.
+        certificate: Proof to store with the model.
         metrics: Final figures, kept with the model.
     """
     bundle, command = run.directory / "bundle", portable_command(sys.argv[1:])
@@ -137,7 +140,15 @@ def store(
     facts = {"config_hash": run.config_hash, "metrics": figures}
     history = describe_training(command=command, seed=settings.seed, corpus=corpus, facts=facts)
     dtype = STORED[settings.trainer.save_dtype]
-    save_bundle(bundle, model, tokenizer, provenance=history, command=command, dtype=dtype)
+    save_bundle(
+        bundle,
+        model,
+        tokenizer,
+        certificate=certificate,
+        provenance=history,
+        command=command,
+        dtype=dtype,
+    )
     return bundle
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from common.config import check_types, positive
 from common.errors import ConfigError
+from train.budget import Budget
 from train.init import InitConfig
 
 
@@ -34,6 +35,9 @@ class TrainerConfig:
         val_batch_size: Windows per validation batch.
         save_dtype: Type of the stored weights: ``float32``, or ``bfloat16``, to which they are
             rounded before the last validation.
+        certify: Bound of the finished language model: ``naive`` from operator norms, or
+            ``tightened``, which is stored with its proof in the bundle.
+        budget: Largest certified constant of the finished language model.
         init: Initial biases.
     """
 
@@ -55,6 +59,8 @@ class TrainerConfig:
     final_windows: int | None = 2048
     val_batch_size: int = 64
     save_dtype: Literal["float32", "bfloat16"] = "float32"
+    certify: Literal["naive", "tightened"] = "naive"
+    budget: Budget = field(default_factory=Budget)
     init: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:

@@ -106,3 +106,29 @@ def test_bad_offsets_are_config_errors():
         InitConfig(offsets=((1, -2),))
     with pytest.raises(ConfigError, match="slope"):
         InitConfig(slope=math.inf)
+
+
+def test_blocks_without_a_skip_path_start_orthogonal():
+    """Oracle: singular values by SVD; a zero output would cut the network in two."""
+    config = ModelConfig(
+        vocab_size=11,
+        width=8,
+        layers=2,
+        heads=2,
+        context=6,
+        mlp_ratio=1,
+        attn_residual=(1.0, 0.5),
+        mlp_residual=1.0,
+    )
+    model = LipschitzTransformer(config)
+    gains = {"layers.0.attention.value": (0.8, 0.6)}
+    constraint = Constraint(kind="soft_cap", per_head=True, head_gains=gains)
+    initialise(model, constraint, seed=0)
+    first, second = model.layers
+    for matrix in (first.attention.output, first.mlp.down, second.mlp.down):
+        sigma = torch.linalg.svdvals(matrix.weight.double())
+        assert torch.allclose(sigma, torch.ones_like(sigma), atol=1e-6)
+    assert second.attention.output.weight.abs().max() == 0
+    for gain, part_OI in zip((0.8, 0.6), first.attention.value.weight.chunk(2), strict=True):
+        sigma = torch.linalg.svdvals(part_OI.double()) * 2**0.5
+        assert torch.allclose(sigma, torch.full_like(sigma, gain), atol=1e-6)

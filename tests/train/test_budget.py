@@ -1,0 +1,68 @@
+"""The certificate's budget: the certificate itself is the oracle."""
+
+import pytest
+import torch
+
+from common.errors import ConfigError
+from common.models import LipschitzTransformer, ModelConfig
+from solvers.bounds import certify
+from train.budget import MARGIN, Budget, enforce, head_cap
+from train.groups import Constraint
+from train.init import initialise
+
+SIZES = {"vocab_size": 11, "width": 8, "layers": 1, "heads": 2, "context": 6}
+
+
+@pytest.fixture
+def model():
+    """A transformer whose constant is far from 2."""
+    torch.manual_seed(0)
+    model = LipschitzTransformer(ModelConfig(**SIZES, final_scale=1.5))
+    initialise(model, Constraint(), seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("tighten", [True, False])
+def test_a_head_at_its_cap_uses_the_whole_budget(model, tighten):
+    """Oracle: the certificate of the model whose head has been scaled to the cap by SVD."""
+    budget = Budget(target=0.7, tighten=tighten)
+    cap = head_cap(certify(model, tighten), model, budget)
+    with torch.no_grad():
+        head_VC = model.head.weight
+        norm = (8 / 11) ** 0.5 * torch.linalg.matrix_norm(head_VC.double(), 2)
+        head_VC.mul_(cap / norm)
+    assert 1 - 2 * MARGIN < certify(model, tighten).tightened / budget.target <= 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("target", [0.1, 2.0])
+def test_the_finished_model_is_within_its_budget(model, target, dtype):
+    """Oracle: a fresh certificate; bfloat16 weights must still be bfloat16 values."""
+    if dtype is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+    before = certify(model).tightened
+    assert before > target
+    enforce(model, Budget(target=target), dtype)
+    assert 0.98 * target < certify(model).tightened <= target
+    if dtype is not None:
+        head_VC = model.head.weight
+        assert torch.equal(head_VC, head_VC.to(dtype).to(head_VC.dtype))
+
+
+def test_a_model_within_its_budget_is_left_alone(model):
+    """Oracle: the weights, bit for bit."""
+    before = model.head.weight.clone()
+    enforce(model, Budget(target=1e6))
+    assert torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize("settings", [{"target": 0.0}, {"target": -1.0}, {"every": 0}])
+def test_impossible_budgets_are_refused(settings):
+    """A budget is positive and checked at least every step."""
+    with pytest.raises(ConfigError, match=r"trainer\.budget"):
+        Budget(**settings)

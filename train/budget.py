@@ -1,0 +1,107 @@
+"""A budget for the whole certificate: the head gets what the blocks leave of it.
+
+The constant of a network is the product of its blocks and its head. Training under a budget proves
+the blocks again and again and gives the head the rest as its cap, so that slack which a tightened
+bound finds becomes logits. The finished model obeys the budget exactly.
+"""
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import lightning as L
+import torch
+
+from common.certificate import Certificate
+from common.config import check_types, positive
+from common.models import LipschitzTransformer
+from solvers.bounds import certify
+from train.groups import HEAD
+from train.progress import EachStep, log_metrics
+
+log = logging.getLogger(__name__)
+
+# Share of the budget left for the rounding of capped float32 weights.
+MARGIN = 1e-5
+# Rounding a rescaled head to bfloat16 may add this much to its norm, relative.
+ROUNDING = 4e-3
+_ATTEMPTS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Largest certified constant of the trained model.
+
+    Attributes:
+        target: Embedding RMS to logits RMS, above 0; None for no budget.
+        tighten: Measure the blocks by the tightened bound instead of operator norms.
+        every: Optimizer steps between adjustments of the head's cap.
+    """
+
+    target: float | None = None
+    tighten: bool = True
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.target is not None:
+            positive("trainer.budget.target", self.target)
+        positive("trainer.budget.every", self.every)
+
+
+class KeepBudget(EachStep):
+    """Sets the head's cap to what the blocks leave of the budget.
+
+    Args:
+        budget: With a target.
+    """
+
+    def __init__(self, budget: Budget):
+        super().__init__(budget.every)
+        self.budget = budget
+
+    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+        """Prove the blocks and change the cap; every rank proves the same."""
+        model = pl_module.whole()
+        cap = head_cap(certify(model, self.budget.tighten), model, self.budget)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if HEAD in group["names"]:
+                    group["w_max"] = cap
+        log_metrics(trainer, {"train/head_cap": cap})
+
+
+def head_cap(certificate: Certificate, model: LipschitzTransformer, budget: Budget) -> float:
+    """Return the RMS->RMS norm that the head may have beside the certified blocks."""
+    blocks = sum(math.log(block.tightened) for block in certificate.blocks)
+    return budget.target * (1 - MARGIN) / model.config.final_scale * math.exp(-blocks)
+
+
+@torch.no_grad()
+def enforce(
+    model: LipschitzTransformer, budget: Budget, dtype: torch.dtype | None = None
+) -> Certificate:
+    """Shrink the head until the certificate is within the budget, and return that certificate.
+
+    Args:
+        model: Modified in place; its weights already have values of ``dtype``.
+        budget: With a target.
+        dtype: Type that the weights will be stored in; None for their own.
+
+    Raises:
+        CertificateError: if a weight is not finite.
+    """
+    certificate = certify(model, budget.tighten)
+    head_VC = model.head.weight
+    for _ in range(_ATTEMPTS):
+        if certificate.tightened <= budget.target:
+            break
+        margin = MARGIN if dtype is None else ROUNDING
+        factor = budget.target / certificate.tightened * (1 - margin)
+        log.info("head scaled by %.6f: %.6g is above the budget", factor, certificate.tightened)
+        head_VC.mul_(factor)
+        if dtype is not None:
+            head_VC.copy_(head_VC.to(dtype))
+        certificate = certify(model, budget.tighten)
+    return certificate
