@@ -1,6 +1,7 @@
 """The partition of a model's parameters, caps per matrix, update targets."""
 
 import pytest
+import torch
 
 from common.errors import ConfigError
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
@@ -13,6 +14,7 @@ from train.groups import (
     update_target,
 )
 from train.optim import Muon
+from train.projections import PROJECTIONS
 
 SIZES = {"vocab_size": 11, "width": 8, "layers": 3, "heads": 4, "context": 6}
 
@@ -102,6 +104,71 @@ def test_modular_targets_follow_scales():
     assert update_target(scaled, up, optim) == pytest.approx(update_target(plain, up, optim) / 2)
 
 
+def test_residual_decay_halves_targets_toward_the_input():
+    """Oracle: the halving per residual layer of the paper's appendix, two residuals per block."""
+    model = transformer()
+    plain, halved = (OptimConfig(targets="modular", residual_decay=d) for d in (1.0, 0.5))
+    for name, above in {
+        "head.weight": 0,
+        "layers.2.mlp.up.weight": 0,
+        "layers.2.attention.query.weight": 1,
+        "layers.0.mlp.down.weight": 4,
+        "layers.0.attention.output.weight": 5,
+        "embedding.weight": 6,
+    }.items():
+        ratio = update_target(model, name, halved) / update_target(model, name, plain)
+        assert ratio == pytest.approx(0.5**above)
+
+
+def test_target_factors_scale_the_learning_rate_of_adamw():
+    """Oracle: closed form; nothing that is set is ignored in silence."""
+    optim = OptimConfig(
+        matrices="adamw", lr=0.01, embedding_lr=0.02, target_factors={"up": 3.0, "embedding": 0.5}
+    )
+    groups = by_name(parameter_groups(transformer(), optim, Constraint(kind="exact_cap")))
+    assert groups["layers.0.mlp.up.weight"]["lr"] == pytest.approx(0.03)
+    assert groups["layers.0.mlp.down.weight"]["lr"] == pytest.approx(0.01)
+    assert groups["embedding.weight"]["lr"] == pytest.approx(0.01)
+
+
+def test_null_patterns_and_roles_of_other_models_are_no_errors():
+    """Configurations list every role; null is w_max, whatever longer pattern it shadows."""
+    caps = {"query": None, "up": None, "mlp": 0.5, "head": 8.0, "linear": 2.0}
+    constraint = Constraint(w_max=1.1, caps=caps)
+    groups = by_name(parameter_groups(transformer(), OptimConfig(), constraint))
+    assert groups["layers.0.attention.query.weight"]["w_max"] == 1.1
+    assert groups["layers.0.mlp.up.weight"]["w_max"] == 0.5
+    classifier = by_name(parameter_groups(LipschitzMLP((6, 5, 3)), OptimConfig(), constraint))
+    assert classifier["linears.0.weight"]["w_max"] == 2.0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PROJECTIONS if kind != "row_clip"])
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_every_constraint_steps_every_model(kind, matrices, per_head):
+    """Property of the registry: each member works for all groups, heads included, or says why."""
+    constraint = Constraint(kind=kind, per_head=per_head, caps={"query": 0.5})
+    optim = OptimConfig(matrices=matrices, lr=0.02)
+    model = transformer()
+    if matrices == "adamw" and kind == "soft_cap":
+        with pytest.raises(ConfigError, match="exact_cap"):
+            parameter_groups(model, optim, constraint)
+        return
+    optimizer = Muon(
+        parameter_groups(model, optim, constraint), **optimizer_defaults(optim, constraint)
+    )
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    if PROJECTIONS[kind].caps:
+        weight = model.get_parameter("layers.0.attention.query.weight").detach()
+        for block in weight.chunk(4 if per_head else 1):
+            ratio = (block.shape[1] / block.shape[0]) ** 0.5
+            assert float(ratio * torch.linalg.matrix_norm(block.double(), 2)) <= 0.5 * (1 + 1e-5)
+
+
 def test_uniform_targets_with_factors():
     """All targets 1 except where a factor is given."""
     optim = OptimConfig(target_factors={"head": 8.0})
@@ -128,6 +195,15 @@ def test_classifier_is_partitioned_too():
         (lambda: Constraint(caps={"head": 0}), r"caps\.head=0"),
         (lambda: Constraint(w_max="big"), "w_max='big'"),
         (lambda: OptimConfig(lr=0), r"optim\.lr=0"),
+        (lambda: OptimConfig(lr=1e38), r"optim\.lr=1e\+38: expected at most 1e\+06; lower it"),
+        (lambda: OptimConfig(embedding_lr=1e38), r"optim\.embedding_lr=1e\+38"),
+        (lambda: OptimConfig(shape_factor="sqrt"), "match_rms_adamw"),
+        (lambda: OptimConfig(momentum_start=-0.1), r"momentum_start=-0\.1"),
+        (lambda: OptimConfig(residual_decay=0), r"residual_decay=0"),
+        (lambda: OptimConfig(target_factors={"up": "big"}), r"target_factors\.up='big'"),
+        (lambda: Constraint(spectral_decay=1.5), r"spectral_decay=1\.5"),
+        (lambda: Constraint(dtype="float16"), "bfloat16"),
+        (lambda: Constraint(caps={"up": "big"}), r"caps\.up='big'"),
         (lambda: OptimConfig(matrices="sgd"), "matrices='sgd'"),
     ],
 )
