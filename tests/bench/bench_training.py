@@ -8,14 +8,19 @@ from torch.nn import functional as F
 
 from train.groups import Constraint, OptimConfig, optimizer_defaults, parameter_groups
 from train.optim import Muon
+from train.projections import PROJECTIONS
 
 OVERHEAD = 0.15
+KINDS = [kind for kind in PROJECTIONS if kind not in ("none", "row_clip")]
+ADAMW = OptimConfig(matrices="adamw", lr=3e-3)
 VARIANTS = {
     "muon": (OptimConfig(), Constraint(kind="none")),
-    "muon + soft_cap": (OptimConfig(), Constraint(kind="soft_cap")),
-    "muon + exact_cap": (OptimConfig(), Constraint(kind="exact_cap")),
-    "muon + spectral_normalize": (OptimConfig(), Constraint(kind="spectral_normalize")),
-    "adamw + exact_cap": (OptimConfig(matrices="adamw", lr=3e-3), Constraint(kind="exact_cap")),
+    **{f"muon + {kind}": (OptimConfig(), Constraint(kind=kind)) for kind in KINDS},
+    # Per-head caps make small matrices of the large ones.
+    "muon + soft_cap per head": (OptimConfig(), Constraint(per_head=True)),
+    "adamw + exact_cap": (ADAMW, Constraint(kind="exact_cap")),
+    "adamw + hard_cap": (ADAMW, Constraint(kind="hard_cap")),
+    "adamw + spectral_hammer": (ADAMW, Constraint(kind="spectral_hammer")),
 }
 
 
