@@ -111,9 +111,9 @@ def _images(
 ) -> Evaluation:
     images = load_images(data)
     limit = settings.images or len(images.val_labels_N)
-    total = math.inf
+    pair = math.inf
     if bundle.certificate is not None:
         bounds.verify(bundle)
-        total = bundle.certificate.tightened_l2
-    evaluator = ImageEvaluator(bundle.model, settings, total)
+        pair = bundle.certificate.pair_l2
+    evaluator = ImageEvaluator(bundle.model, settings, pair=pair)
     return evaluator.evaluate(images.val_NI[:limit], images.val_labels_N[:limit], seed=seed)

@@ -52,15 +52,16 @@ class ImageEvaluator:
     Args:
         model: Copied to float64 on its device; not modified.
         settings: What to evaluate.
-        total: A proved l2 Lipschitz constant of the whole classifier; where ``sqrt(2)`` times it
-            is smaller than the bound of a pair of classes, it is used instead.
+        pair: A proved bound on how far any difference of two logits moves per l2 of the input,
+            such as ``ClassifierCertificate.pair_l2``; used where that of a pair's own rows and
+            the norms of the other matrices is larger.
     """
 
     def __init__(
-        self, model: LipschitzMLP, settings: RobustnessSettings, total: float = math.inf
+        self, model: LipschitzMLP, settings: RobustnessSettings, *, pair: float = math.inf
     ) -> None:
-        self.settings = settings
-        self.features, self.total = feature_bound(model), total
+        self.settings, self.ceiling = settings, pair
+        self.features = feature_bound(model)
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
         last = self.model.linears[-1]
         assert isinstance(last, torch.nn.Linear)
@@ -117,8 +118,7 @@ class ImageEvaluator:
         for part_BI in images_NI.split(self.settings.batch):
             logits_BV = self.model(part_BI)
             movement_BV = self.pairs.of(logits_BV.argmax(-1)) * self.features
-            whole = round_up(math.sqrt(2) * self.total)
-            parts.append(certified_radii(logits_BV, movement_BV.clamp(max=whole)))
+            parts.append(certified_radii(logits_BV, movement_BV.clamp(max=self.ceiling)))
         return torch.cat([top for top, _ in parts]), torch.cat([radius for _, radius in parts])
 
     def _curves(self, radii_N: Tensor, hits_N: Tensor, pixels: int) -> list[Curve]:

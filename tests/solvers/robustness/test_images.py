@@ -68,21 +68,25 @@ def test_a_wrong_bound_is_refuted() -> None:
     """Oracle: a claimed constant far below the true one; both accuracies are in the message."""
     model, x, labels = problem((9, 16, 4))
     with pytest.raises(CertificateError, match=r"under attack .* certified accuracy"):
-        ImageEvaluator(model, SETTINGS, total=1e-6).evaluate(x, labels)
+        ImageEvaluator(model, SETTINGS, pair=1e-6).evaluate(x, labels)
 
 
-def test_a_better_total_bound_helps() -> None:
-    """Oracle: the true constant of a linear net with layers that undo each other."""
-    model, x, labels = problem((4, 8, 3))
-    loose = ImageEvaluator(model, SETTINGS)
-    exact = float(
-        torch.linalg.matrix_norm(
-            model.linears[1].weight.abs() @ model.linears[0].weight.abs(), "fro"
-        ).detach()
-    )
-    tight = ImageEvaluator(model, SETTINGS, total=min(exact, loose.features))
-    radii = [float(e.evaluate(x, labels).median_radius or 0) for e in (loose, tight)]
-    assert radii[1] >= radii[0] > 0
+def test_a_better_bound_of_pairs_helps() -> None:
+    """Oracle: the exact constant of a net that is linear on the data, where the norms are loose."""
+    model, x, _ = problem((4, 8, 3))
+    with torch.no_grad():
+        model.linears[0].bias += 100.0  # every neuron stays active: |W2 W1| is the constant
+        model.linears[1].bias -= model(x).mean(0)
+    labels = model(x).argmax(-1)
+    last, first = (model.linears[i].weight.detach().double() for i in (1, 0))
+    rows = last @ first
+    exact = float((rows[:, None] - rows[None]).norm(dim=-1).max())
+    settings = RobustnessSettings(l2_epsilons=(0.05, 0.2), norms=("l2",), steps=5, points=9)
+    radii = [
+        float(ImageEvaluator(model, settings, **claim).evaluate(x, labels).median_radius or 0)
+        for claim in ({}, {"pair": exact})
+    ]
+    assert radii[1] > 1.05 * radii[0] > 0
 
 
 def test_feature_bound_against_svd() -> None:
