@@ -224,6 +224,22 @@ def test_sweep_started_again_does_what_is_left(doctor: Callable[..., Any]) -> No
     assert calls == [1, 2, 2]
 
 
+def test_interrupted_sweep_resumes_where_it_stopped(doctor: Callable[..., Any]) -> None:
+    """Oracle: seeds and ``resumed`` of both starts: done is skipped, the open cell continues."""
+    calls: list[tuple[int, bool]] = []
+
+    def body(cfg: Any, run: Run) -> Outcome:
+        calls.append((cfg.seed, run.resumed))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return _fine(cfg, run)
+
+    arguments = ("-m", "seed=1,2,3", "hydra.sweep.dir=sweep")
+    assert doctor(body, *arguments).status == 130
+    assert doctor(body, *arguments).status == 0
+    assert calls == [(1, False), (2, False), (2, True), (3, False)]
+
+
 def test_worker_rank_writes_no_bookkeeping(
     doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
