@@ -80,7 +80,7 @@ def pareto(values: Sequence[tuple[float, float]]) -> list[int]:
 
 def read_points(cells: Sequence[StageRun]) -> list[Point]:
     """Return the finished runs of ``train`` that have an accuracy and a proved constant."""
-    models = {_setting(cell, "model") for cell in cells}
+    models = {_model(cell) for cell in cells}
     points = []
     for cell in cells:
         accuracy, bound = cell.metrics.get(ACCURACY), _bound(cell)
@@ -88,7 +88,7 @@ def read_points(cells: Sequence[StageRun]) -> list[Point]:
             continue
         optimizer = _name(cell, "optim", "matrices")
         if len(models) > 1:
-            optimizer += f", {_setting(cell, 'model') or 'default'} model"
+            optimizer += f", {_model(cell)}"
         points.append(
             Point(
                 cell=cell,
@@ -248,6 +248,12 @@ def _name(cell: StageRun, group: str, field: str) -> str:
     settings = (cell.record.get("config") or {}).get(group)
     found = settings.get(field) if isinstance(settings, Mapping) else None
     return str(found or _setting(cell, group) or "unknown")
+
+
+def _model(cell: StageRun) -> str:
+    """Return what the command line says about the architecture: model, else experiment."""
+    model, experiment = _setting(cell, "model"), _setting(cell, "experiment")
+    return f"{model} model" if model else experiment or "default model"
 
 
 def _setting(cell: StageRun, name: str) -> str | None:
