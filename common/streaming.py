@@ -112,6 +112,18 @@ class _Preparation:
 
     def run(self) -> None:
         """Continue to the end of the stream or the budget, then put everything in place."""
+        try:
+            self._read()
+        except DataError as error:
+            if not self.state.shards:
+                raise
+            done = self.state.shards[-1]["documents"]
+            raise DataError(
+                f"{error}; {done} documents are prepared: the same command continues there"
+            ) from error
+        self._finish()
+
+    def _read(self) -> None:
         reader = self.plan.open(self.state.position)
         with contextlib.ExitStack() as stack:
             outputs = {
@@ -130,7 +142,6 @@ class _Preparation:
                     break
             if sum(self._since.values()):
                 self._close_shard(outputs, reader.position)
-        self._finish()
 
     def _restore(self) -> _State:
         """Return the stored state after cutting off what was written after it."""
@@ -201,6 +212,7 @@ class _Preparation:
             output.flush()
             os.fsync(output.fileno())
         record: dict[str, Any] = {f"{split}_tokens": self._since[split] for split in _SPLITS}
+        record["documents"] = self.state.documents
         record |= {f"{name}_sha256": value.hexdigest() for name, value in self._hashes.items()}
         self.state.shards.append(record)
         self.state.position = position

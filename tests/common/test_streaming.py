@@ -282,6 +282,38 @@ def test_bad_bytes_are_found_at_their_offset(tmp_path, data, expected):
         prepare(tmp_path / "t.txt", stream=False)
 
 
+def test_reading_error_says_what_is_kept(tmp_path):
+    """Oracle: the documents of the last shard before the bad row; mended, it is complete."""
+    path = write_rows(tmp_path / "t.jsonl")
+    lines = path.read_text().splitlines()
+    broken = [*lines[:100], '{"text": 5}', *lines[100:]]
+    good = [*lines[:100], '{"text": "5"}', *lines[100:]]
+    path.write_text("\n".join(broken))
+    with pytest.raises(DataError, match=r"cannot be read|expected text"):
+        prepare(path, val_fraction=0.1)
+    (tmp_path / "b.txt").write_bytes(b"line of text\n" * 400 + b"\xff\n")
+    with pytest.raises(DataError, match=r"0xff.*documents are prepared: the same command"):
+        prepare(tmp_path / "b.txt")
+    path.write_text("\n".join(good))
+    assert prepare(path).meta["documents"] == len(good)
+
+
+def test_byte_budget_ends_with_a_whole_document(tmp_path):
+    """Oracle: the fewest rows that reach it."""
+    path = write_rows(tmp_path / "t.jsonl")
+    sizes = np.cumsum([len(row.encode()) + 1 for row in ROWS])
+    corpus = prepare(path, max_bytes=2000)
+    assert corpus.meta["documents"] == int(np.argmax(sizes >= 2000)) + 1
+
+
+def test_counts_of_training_tokens(tmp_path, monkeypatch):
+    """Oracle: counting all at once; pieces must add up."""
+    corpus = prepare(write_rows(tmp_path / "t.jsonl"))
+    expected = np.bincount(corpus.tokens("train"), minlength=256)
+    monkeypatch.setattr("common.corpus._COUNTED_AT_ONCE", 17)
+    assert np.array_equal(corpus.token_counts(), expected)
+
+
 @pytest.mark.parametrize("name", ["fineweb", "fineweb_edu"])
 def test_hub_without_network_names_the_local_path(name):
     """Oracle: one line that says which setting takes a local copy."""
