@@ -135,9 +135,7 @@ def save_bundle(
         CertificateError: when ``certificate`` is of other weights.
     """
     path = Path(path).expanduser().resolve()
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    state = {k: t.detach().to(device="cpu", dtype=dtype) for k, t in model.state_dict().items()}
     kind, config = describe_model(model)
     if kind == "transformer" and tokenizer is None:
         raise BundleError(f"{path}: a transformer needs its tokenizer; pass one")
@@ -154,16 +152,9 @@ def save_bundle(
     if provenance is None and parent is not None:
         provenance = parent.provenance
     parts |= _optional_parts(compression, kv_stats, provenance)
-    manifest: dict[str, Any] = {
-        "kind": kind,
-        "parent": parent.fingerprint if parent else None,
-        "commands": [],
-    }
-    _require_own(path)
-    with _writing(path), contextlib.ExitStack() as stack:
-        if path.exists():
-            stack.enter_context(files.directory_lock(path))
-        replace_files(path, parts, certificate, manifest, command)
+    origin = parent.fingerprint if parent else None
+    manifest: dict[str, Any] = {"kind": kind, "parent": origin, "commands": []}
+    _replace(path, parts, certificate, manifest, command)
     return load_bundle(path)
 
 
@@ -263,6 +254,20 @@ def load_bundle(path: str | Path, *, device: str | torch.device = "cpu") -> Bund
         void=void,
         _certificate=certificate,
     )
+
+
+def _replace(
+    path: Path,
+    parts: Mapping[str, bytes],
+    certificate: AnyCertificate | None,
+    manifest: Mapping[str, Any],
+    command: str,
+) -> None:
+    _require_own(path)
+    with _writing(path), contextlib.ExitStack() as stack:
+        if path.exists():
+            stack.enter_context(files.directory_lock(path))
+        replace_files(path, parts, certificate, manifest, command)
 
 
 def _copied(path: Path, target: Path | None) -> Path:

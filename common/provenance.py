@@ -29,7 +29,7 @@ _PATH = re.compile(r"^(?:~|\.{0,2}/).*|^[A-Za-z]:\\.*")
 def portable(argument: str) -> str:
     """Return a command-line argument with paths cut to their last part.
 
-    ``data.path=/home/me/input.txt`` becomes ``data.path=input.txt``; other values stay.
+    ``data.path=~/texts/input.txt`` becomes ``data.path=input.txt``; other values stay.
     """
     key, equals, value = argument.partition("=")
     if not equals:

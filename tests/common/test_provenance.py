@@ -9,7 +9,7 @@ from common.provenance import describe_training, portable, portable_command
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("data.path=/home/someone/texts/input.txt", "data.path=input.txt"),
+        ("data.path=/srv/texts/input.txt", "data.path=input.txt"),
         ("data.path=~/input.txt", "data.path=input.txt"),
         ("data.path=../input.txt", "data.path=input.txt"),
         ("data.path=C:\\texts\\input.txt", "data.path=input.txt"),
