@@ -13,6 +13,11 @@ from torch import Tensor, nn
 REFERENCE_WINDOWS = 20 * 64
 
 
+def next_token_loss(model: nn.Module, batch_BT: Tensor) -> Tensor:
+    """Return the mean loss (nats per token) of a batch (B, T + 1) of inputs and next tokens."""
+    return F.cross_entropy(model(batch_BT[:, :-1]).float().flatten(0, 1), batch_BT[:, 1:].flatten())
+
+
 def loss_and_hits(model: nn.Module, batch_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean loss (nats per token) and the share of right top-1 predictions.
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.models import LipschitzTransformer
-from train.evaluate import bits_per_byte, loss_and_hits
+from train.evaluate import bits_per_byte, loss_and_hits, next_token_loss
 from train.groups import Constraint, OptimConfig, optimizer_defaults, parameter_groups
 from train.schedules import Schedule
 from train.sharding import ShardedMuon
@@ -143,7 +143,7 @@ class LipschitzModule(ConstrainedModule):
 
     def training_step(self, batch_BT: Tensor, batch_idx: int) -> Tensor:
         """Return the mean loss (nats per token) of a batch (B, T + 1) and count the batch."""
-        loss, _ = loss_and_hits(self.model, batch_BT)
+        loss = next_token_loss(self.model, batch_BT)
         self.trainer.datamodule.consumed += 1
         return loss
 
