@@ -21,7 +21,7 @@ from common import files
 from common.config import one_of
 from common.corpus_config import CONTINUOUS, DataConfig
 from common.documents import DocumentReader, documents
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.packing import FORMAT_VERSION, hold_out, write_corpus
 from common.pretrained import GPT2, load_tokenizer
 from common.sources import (
@@ -163,9 +163,12 @@ def prepare_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Co
         tokenizer: Use this one (of a trained model) instead of building ``config.tokenizer``.
 
     Raises:
+        ConfigError: for the settings of images.
         DataError: for missing, empty, unreadable or binary text, or an unwritable cache.
         BackendError: when an optional package is needed and missing.
     """
+    if not isinstance(config, DataConfig):
+        raise ConfigError("data: these are images, expected text; choose data=stdlib or another")
     source = _source(config)
     if tokenizer is None and (config.tokenizer == "gpt2" or config.tokenizer_path):
         tokenizer = load_tokenizer(config.tokenizer_path or GPT2)
