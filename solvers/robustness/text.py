@@ -41,6 +41,8 @@ SHARES = (0.01, 0.05, 0.10, 0.25)
 """Radii of the headline figures, as shares of the median distance between embedding rows."""
 
 _PROOFS = 6
+# Pairs of a position and a token compared at once: temporaries of 64 MiB.
+_ELEMENTS = 2**23
 
 _STATEMENT = (
     "The embedding of every token of the context moves by at most the radius (l2 per token, all "
@@ -140,13 +142,19 @@ class TextEvaluator:
         parts: list[tuple[Tensor, ...]] = []
         for ids_BT in windows_WT.to(device).split(rows):
             x_BTC = self.model.embed(ids_BT[:, :-1])
-            logits_PV = self.logits(x_BTC).flatten(0, 1)
-            movement_PV = self.pairs.of(logits_PV.argmax(-1))
-            top_P, stream_P = certified_radii(logits_PV, movement_PV)
+            top_P, stream_P = self._stream_radii(self.logits(x_BTC).flatten(0, 1))
             norms_BT = x_BTC.norm(dim=-1).cummax(dim=1).values
             room_P = (self.certificate.radius - norms_BT).clamp(min=0).flatten()
             parts.append((top_P, top_P == ids_BT[:, 1:].flatten(), stream_P, room_P))
         return _Positions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _stream_radii(self, logits_PV: Tensor) -> tuple[Tensor, Tensor]:
+        rows = max(1, _ELEMENTS // logits_PV.shape[1])
+        found = [
+            certified_radii(part_MV, self.pairs.of(part_MV.argmax(-1)))
+            for part_MV in logits_PV.split(rows)
+        ]
+        return torch.cat([top for top, _ in found]), torch.cat([radius for _, radius in found])
 
     def _certified(self, domain: str, found: _Positions) -> Certified:
         """Return the mask of positions whose top-1 is proved to stay, as a function of radius."""

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from common.errors import CertificateError
 from common.models import LipschitzTransformer
 from solvers.bounds import certify
 from solvers.robustness import RobustnessSettings, TextEvaluator
+from solvers.robustness import text as text_module
 from solvers.robustness.domain import StreamBound, median_row_distance
 from solvers.robustness.text import SHARES, attack_windows
 
@@ -46,13 +48,20 @@ def shrunk(certificate: Certificate, factor: float) -> Certificate:
     return dataclasses.replace(certificate, blocks=blocks)
 
 
-@pytest.mark.parametrize("kind", ["content", "positional"])
+KINDS: dict[str, dict[str, Any]] = {
+    "content": {},
+    "positional": {"content_heads": 0, "position_bias": True},
+    "mixed": {"kv_heads": 2, "content_heads": 2, "position_bias": True, "vocab_multiple": 8},
+    "scaled": {"softmax_scale": 3.0, "final_scale": 2.5, "activation": "maxmin"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_attacks_never_beat_the_certificate(build_model: BuildModel, kind: str) -> None:
     """Oracle: the check inside raises; here: order and monotonicity of all curves and points."""
-    fields = {} if kind == "content" else {"content_heads": 0, "position_bias": True}
-    model = build_model(head_bias=True, mlp_bias=True, **MILD, **fields)
-    ids = windows(model)
-    model.head.bias.sub_(model(ids[:, :-1]).mean((0, 1)))  # or one token wins everywhere
+    model = build_model(head_bias=True, mlp_bias=True, **MILD, **KINDS[kind])
+    ids, tokens = windows(model), model.config.vocab_size
+    model.head.bias[:tokens] -= model(ids[:, :-1]).mean((0, 1))  # or one token wins everywhere
     found = evaluator(model).evaluate(ids, ids)
     assert len(found.points) == 2 * 2 * len(SETTINGS.text_epsilons)
     assert any(p.certified_top1 > 0 for p in found.points)
@@ -70,7 +79,7 @@ def test_attacks_never_beat_the_certificate(build_model: BuildModel, kind: str) 
         assert one.accuracy[0] == found.accuracy
         assert list(one.top1) == sorted(one.top1, reverse=True)
     assert all(s <= b for s, b in zip(space.top1, ball.top1, strict=True))
-    assert (space.top1 == ball.top1) is (kind == "positional")
+    assert kind != "positional" or space.top1 == ball.top1
 
 
 def test_a_wrong_certificate_is_refuted(build_model: BuildModel) -> None:
@@ -187,7 +196,18 @@ def test_certified_swaps_change_nothing(build_model: BuildModel) -> None:
     assert bool(proved.any())
 
 
-def test_attack_windows_are_prefixes(build_model: BuildModel) -> None:
+def test_chunks_do_not_matter(build_model: BuildModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: one window and one position at a time give the same shares."""
+    model = build_model(**MILD)
+    ids = windows(model)
+    whole = evaluator(model).evaluate(ids, ids[:1])
+    monkeypatch.setattr(text_module, "_ELEMENTS", 1)
+    small = evaluator(model, dataclasses.replace(SETTINGS, batch=1)).evaluate(ids, ids[:1])
+    assert [c.top1 for c in small.curves] == [c.top1 for c in whole.curves]
+    assert small.points == whole.points
+
+
+def test_attack_windows_are_prefixes() -> None:
     """Oracle: shapes, and a shorter prefix is the same start of a window."""
     ids = torch.arange(70).view(10, 7)
     assert attack_windows(ids, 18).shape == (3, 7)
