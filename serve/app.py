@@ -30,6 +30,9 @@ from serve.settings import GenerateConfig
 
 log = logging.getLogger(__name__)
 
+# Where there is neither a prompt nor a text that the model can read.
+NO_TEXT_PROMPT = "\n"
+
 
 def generate(cfg: DictConfig, run: Run) -> Outcome:
     """Continue prompts with the bundle that ``cfg.bundle`` names.
@@ -88,7 +91,9 @@ def _corpus(cfg: DictConfig, bundle: Bundle, settings: GenerateConfig) -> Corpus
     try:
         return prepare_corpus(build(cfg.data), bundle.tokenizer)
     except DataError as error:
-        if not has_prompts:
+        # The default text is program code: a model of other characters cannot read it.
+        is_default = cfg.data.source == "stdlib"
+        if not has_prompts and not (is_default and getattr(bundle.tokenizer, "kind", "") == "char"):
             raise
         log.warning("no comparison with the full cache: %s", error)
         return None
@@ -99,7 +104,8 @@ def _prompts(settings: GenerateConfig, llm: LLM, corpus: Corpus | None) -> list[
         return list(settings.prompts)
     if settings.prompt_file is not None:
         return _read_prompts(Path(settings.prompt_file).expanduser())
-    assert corpus is not None
+    if corpus is None:
+        return [NO_TEXT_PROMPT]
     length = min(settings.prompt_tokens, max(1, llm.bundle.config.context // 2))
     windows_NT = corpus.windows("val", length, settings.num_prompts)[:, :-1]
     texts = [llm.tokenizer.decode(row_T.tolist()) for row_T in windows_NT]

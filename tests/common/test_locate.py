@@ -12,7 +12,7 @@ from common.files import sha256_file
 from common.locate import SHIPPED_BYTES, is_shipped, shipped_bundles
 from common.models import LipschitzTransformer, ModelConfig
 from common.provenance import describe_training
-from common.tokenizer import ByteTokenizer
+from common.tokenizer import ByteTokenizer, CharTokenizer
 from solvers.bounds import certify, verify
 from train.groups import Constraint
 from train.init import initialise
@@ -150,6 +150,22 @@ def test_commands_take_the_name(shipped, tmp_path, lipllm):
     )  # fmt: skip
     assert generated.status == 0, generated.err
     assert snapshot(shipped) == before
+
+
+@pytest.mark.e2e
+def test_character_model_generates_without_any_setting(tmp_path, monkeypatch, lipllm):
+    """Oracle: the default text holds other characters; the model starts from an empty line."""
+    monkeypatch.setattr(locate, "SHIPPED_FOLDER", tmp_path / "shipped")
+    alphabet = "\n abcdefghijklmnopqrstuvwxyz"
+    config = ModelConfig(vocab_size=len(alphabet), width=16, layers=1, heads=2, context=16)
+    model = LipschitzTransformer(config)
+    save_bundle(tmp_path / "shipped" / "letters", model, CharTokenizer(alphabet))
+    done = lipllm("generate", "bundle=letters", "sampling.max_tokens=4", "logger=none")
+    assert done.status == 0, done.err
+    assert "--- prompt" in done.out
+    refused = lipllm("generate", "bundle=letters", "data=local", "data.path=nowhere", "logger=none")
+    assert refused.status == 2
+    assert "nowhere" in refused.err
 
 
 @pytest.mark.parametrize("name", sorted(shipped_bundles()))
