@@ -118,9 +118,15 @@ def frontier(points: Sequence[Point]) -> str:
     return section("Frontier", lead, figures(*charts), _published_table(rows))
 
 
+def group(point: Point, points: Sequence[Point]) -> str:
+    """Return what a point's colour stands for: its optimizer, or where all share one, its cap."""
+    is_alone = len({other.optimizer for other in points}) == 1
+    return point.constraint if is_alone else point.optimizer
+
+
 def tones(points: Sequence[Point]) -> dict[str, str]:
-    """Return a colour for every optimizer."""
-    names = list(dict.fromkeys(point.optimizer for point in points))
+    """Return a colour for every group of points."""
+    names = list(dict.fromkeys(group(point, points) for point in points))
     return {name: TONES[index % len(TONES)] for index, name in enumerate(names)}
 
 
@@ -165,7 +171,7 @@ def _clouds(points: Sequence[Point], field: str) -> list[Cloud]:
             label=f"{optimizer}, {constraint}",
             x=[point.log10_bound for point in members],
             y=[float(getattr(point, field)) for point in members],
-            tone=colours[optimizer],
+            tone=colours[group(members[0], points)],
             marker=shapes[constraint],
         )
         for (optimizer, constraint), members in groups.items()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.reporting.frontier import Point, front_of, tones
+from common.reporting.frontier import Point, front_of, group, tones
 from common.reporting.page import details, escape, figure, figures, kind, percent, section, table
 from common.reporting.proof import certificate
 from common.reporting.runs import StageRun
@@ -125,13 +125,13 @@ def radius_section(points: Sequence[Point]) -> str:
 
 
 def _figure(known: Sequence[tuple[Point, Certified]], unit: Unit) -> str:
-    colours = tones([point for point, _ in known])
-    strong = _strong([point for point, _ in known])
+    points = [point for point, _ in known]
+    colours, strong = tones(points), _strong(points)
     least = max(curve.radii[-1] for _, curve in known) / 10**_DECADES or _SMALLEST
     lines = []
     for point, curve in known:
         x, y = _cut(curve, least)
-        tone, is_strong = colours[point.optimizer], id(point) in strong
+        tone, is_strong = colours[group(point, points)], id(point) in strong
         lines.append(Curve(x=x, y=y, tone=tone, strong=is_strong))
     key = [Cloud(label=name, x=(), y=(), tone=tone, marker="s") for name, tone in colours.items()]
     best = ", ".join(

@@ -1,5 +1,6 @@
 """The frontier of a sweep: brute force, hand-made sweeps and the published rows are the oracles."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ import pytest
 
 from common.errors import DataError
 from common.reporting import charts
-from common.reporting.frontier import constants, frontier, pareto, read_points
+from common.reporting.frontier import constants, frontier, pareto, read_points, tones
 from common.reporting.published import NOTES, PUBLISHED, published
 from common.reporting.radius import certified_curve, radius_section
 from common.reporting.runs import read_sweep
@@ -244,6 +245,16 @@ def test_models_of_two_architectures_are_told_apart(quick, tmp_path):
         write(directory / ".hydra" / "overrides.yaml", f"- model={model}\n")
     names = {point.optimizer for point in read_points(read_sweep(tmp_path))}
     assert names == {"muon, paper model", "muon, default model"}
+
+
+def test_colours_tell_optimizers_or_else_constraints_apart(sweep, tmp_path):
+    """Oracle: two optimizers, two colours; one optimizer, a colour for each constraint."""
+    points = read_points(read_sweep(sweep))
+    assert set(tones(points)) == {"muon", "adamw"}
+    muon = [point for point in points if point.optimizer == "muon"]
+    other = dataclasses.replace(muon[0], constraint="stiefel")
+    assert set(tones([*muon, other])) == {"exact_cap", "stiefel"}
+    assert len(set(tones([*muon, other]).values())) == 2
 
 
 def test_certified_curve_is_in_embedding_distances(tmp_path):
