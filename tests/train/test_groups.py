@@ -138,6 +138,7 @@ def test_null_patterns_and_roles_of_other_models_are_no_errors():
     groups = by_name(parameter_groups(transformer(), OptimConfig(), constraint))
     assert groups["layers.0.attention.query.weight"]["w_max"] == 1.1
     assert groups["layers.0.mlp.up.weight"]["w_max"] == 0.5
+    constraint = Constraint(caps={"query": None, "head": 8.0, "linear": 2.0})
     classifier = by_name(parameter_groups(LipschitzMLP((6, 5, 3)), OptimConfig(), constraint))
     assert classifier["linears.0.weight"]["w_max"] == 2.0
 
