@@ -53,7 +53,7 @@ def found(tmp_path_factory, text_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", ["replicas", "rows"])
 def test_ranks_step_as_one_process_does(found, layout):
     """Oracle: plain Muon with the same gradients; ranks agree bit for bit."""
@@ -64,7 +64,7 @@ def test_ranks_step_as_one_process_does(found, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", ["replicas", "rows"])
 def test_optimizer_state_is_shared_out_and_stored_whole(found, layout):
     """Oracle: the run that goes on; a plain Muon can load what two ranks stored."""
@@ -79,7 +79,7 @@ def test_optimizer_state_is_shared_out_and_stored_whole(found, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", TRAINED)
 def test_replicas_stay_equal_and_resume_bit_for_bit(found, name):
     """Oracle: the other rank, and the uninterrupted run."""
@@ -91,7 +91,7 @@ def test_replicas_stay_equal_and_resume_bit_for_bit(found, name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_ranks_train_what_one_process_trains(found, make_run, name):
     """Oracle: one process that accumulates as many windows; the bundles agree to rounding."""
