@@ -20,6 +20,7 @@ TINY = (
     "trainer.final_windows=64",
     "constraint.w_max=1.0",
     "constraint=soft_cap",
+    "rate=low",
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
