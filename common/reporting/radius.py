@@ -163,7 +163,7 @@ def _cut(curve: Certified, least: float) -> tuple[list[float], list[float]]:
 
 
 def _table(known: Sequence[tuple[Point, Certified]], unit: Unit) -> str:
-    heads = ["Run", *(f"certified at {name}" for name in unit.shown)]
+    heads = ["Run", *(f"certified at {name}" for name in unit.shown.values())]
     order = sorted(known, key=lambda pair: [-pair[1].at(radius) for radius in unit.shown])
     rows = [
         [escape(point.cell.directory.name), *(percent(curve.at(radius)) for radius in unit.shown)]

@@ -165,6 +165,7 @@ def test_page_shows_every_cell(quick, sweep):
     status = {(row[2], row[-1]) for row in compared.rows[-2:]}
     reason = "failed: constraint.kind=soft_cap: <no norm>"
     assert status == {("7", reason), ("9", "unfinished")}
+    assert "certified at 25 %" in compared.document
     assert "8 runs, best first, 1 failed, 1 unfinished." in compared.document
     assert "&lt;no norm&gt;" in compared.document
     assert "<no norm>" not in compared.document
