@@ -55,7 +55,7 @@ def _chart(content: Mapping[str, Any], norm: str) -> str:
             y = [p[field] for p in own]
             line = Series(label=name + where, x=x, y=y, tone=tone, dashed=field == "fgsm_acc")
             series.append(line)
-    what = "token's embedding, share of the median row distance" if is_text else "pixels in [0, 1]"
+    what = "each embedding, share of the median row distance" if is_text else "pixels in [0, 1]"
     draw = _draw([one for one in series if one is not None], f"radius: {_NORMS[norm]}, {what}")
     caption = (
         f"<b>Accuracy under perturbations, {_NORMS[norm]}.</b> {kind('proved')} Solid blue: right "
