@@ -192,7 +192,10 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print one line per failed job and the sweep's directory."""
         sweep = Path(config.hydra.sweep.dir).resolve()
-        errors = sorted(sweep.rglob(ERROR_FILE))
+        # A folder that is used again may hold failures of cells that were not asked for now.
+        settings = sweep / "multirun.yaml"
+        start = settings.stat().st_mtime_ns if settings.exists() else 0
+        errors = sorted(p for p in sweep.rglob(ERROR_FILE) if p.stat().st_mtime_ns >= start)
         SweepReport.failed = len(errors)
         for path in errors:
             cell = path.parent.relative_to(sweep).as_posix()

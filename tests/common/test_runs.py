@@ -224,6 +224,17 @@ def test_sweep_started_again_does_what_is_left(doctor: Callable[..., Any]) -> No
     assert calls == [1, 2, 2]
 
 
+def test_failures_of_an_earlier_sweep_are_not_told_again(doctor: Callable[..., Any]) -> None:
+    """Oracle: the folder is shared, the failing cell is not part of the second sweep."""
+
+    def body(cfg: Any, run: Run) -> Outcome:
+        return _failing(cfg, run) if cfg.seed == 2 else _fine(cfg, run)
+
+    assert doctor(body, "-m", "seed=2", "hydra.sweep.dir=sweep").status == 2
+    again = doctor(body, "-m", "seed=1", "hydra.sweep.dir=sweep")
+    assert (again.status, again.err) == (0, "")
+
+
 def test_interrupted_sweep_resumes_where_it_stopped(doctor: Callable[..., Any]) -> None:
     """Oracle: seeds and ``resumed`` of both starts: done is skipped, the open cell continues."""
     calls: list[tuple[int, bool]] = []
