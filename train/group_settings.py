@@ -59,6 +59,10 @@ def check_group(group: dict[str, Any]) -> None:
     within("spectral_decay", group["spectral_decay"], 0.0, 1.0)
     within("momentum", group["momentum"], 0.0, 1.0)
     within("momentum_start", group["momentum_start"], 0.0, 1.0)
+    if group["gains"] is not None and len(group["gains"]) != group["slices"]:
+        raise ConfigError(f"gains={group['gains']}: expected one per slice ({group['slices']})")
+    for gain in group["gains"] or ():
+        positive("gains", gain)
     if group["kind"] != "muon" and PROJECTIONS[group["constraint"]].needs_largest:
         raise ConfigError(
             f"constraint={group['constraint']}: kind={group['kind']!r} has no update norm for it; "

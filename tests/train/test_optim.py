@@ -281,6 +281,20 @@ def test_slices_cap_every_head(constraint):
     assert max(rms_norm(block) for block in p.detach().chunk(4)) <= 0.7 * (1 + CAP_SLACK)
 
 
+@pytest.mark.parametrize("constraint", CAPS)
+def test_gains_scale_cap_and_update_of_every_block(constraint):
+    """Oracle: SVD of each row block; the first step of an uncapped twin moves by gain * lr."""
+    blocks = (1.5, 0.25, 1.0, 0.75)
+    p, twin = parameter(16, 24), parameter(16, 24)
+    before = twin.detach().clone()
+    walk(Muon([twin], lr=0.1, slices=4, gains=blocks), [twin], 1)
+    moved = (twin.detach() - before).chunk(4)
+    walk(Muon([p], lr=0.1, constraint=constraint, w_max=0.7, slices=4, gains=blocks), [p], 20)
+    for gain, block, step in zip(blocks, p.detach().chunk(4), moved, strict=True):
+        assert rms_norm(block) <= 0.7 * gain * (1 + CAP_SLACK)
+        assert rms_norm(step) == pytest.approx(0.1 * gain, rel=0.01)
+
+
 def test_row_clip_acts_on_rows_without_gradient():
     """Property: every row is clipped, also those whose gradient is zero."""
     p = parameter(6, 8, scale=3.0)
@@ -354,6 +368,8 @@ def test_parameters_without_gradient_stay():
         ({"constraint": "cap"}, "soft_cap"),
         ({"kind": "adamw", "constraint": "soft_cap"}, "exact_cap"),
         ({"slices": 3}, "slices=3"),
+        ({"slices": 2, "gains": (1.0,)}, "one per slice"),
+        ({"slices": 2, "gains": (1.0, -1.0)}, r"gains=-1\.0"),
         ({"lr": 1e38}, r"lr=1e\+38: expected at most 1e\+06"),
         ({"lr": 1e4, "target": 1e4}, "lr \\* target=1e"),
         ({"shape_factor": "sqrt"}, "match_rms_adamw"),
