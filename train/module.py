@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -72,6 +71,8 @@ class ConstrainedModule(L.LightningModule):
         """Shard the parameters over ranks where the strategy is FSDP2; layer by layer."""
         if not _shards_parameters(self.trainer) or isinstance(next(self.parameters()), DTensor):
             return
+        from torch.distributed.fsdp import fully_shard
+
         mesh = self.device_mesh["data_parallel"]
         for model in (self.model, self.average):
             if model is not None:
