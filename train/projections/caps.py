@@ -188,13 +188,26 @@ def stiefel(m_NOI: Tensor, step: Step) -> Tensor:
     update ago, three Newton-Schulz steps, which never exceed 1, lead back: cheaper and closer.
     """
     is_exact = step.dtype != torch.bfloat16
-    if is_exact and all(largest is not None and largest <= _NEAR for largest in step.largest):
-        x_NOI = (1 - step.margin) * m_NOI
-        for _ in range(3):
-            x_NOI = odd_step(x_NOI, 1.5, -0.5, step.dtype)
-        return (1 - step.margin) * x_NOI
+    near = [is_exact and k is not None and k <= _NEAR for k in step.largest]
+    if all(near):
+        return _retracted(m_NOI, step)
+    out_NOI = _polar(m_NOI, step)
+    # Each matrix by its own history, so that a batch of others cannot change its result.
+    for index in (i for i, is_near in enumerate(near) if is_near):
+        out_NOI[index] = _retracted(m_NOI[index : index + 1], step)[0]
+    return out_NOI
+
+
+def _polar(m_NOI: Tensor, step: Step) -> Tensor:
     gain = (1 - step.margin) / overshoot("six_step", step.dtype)
     return gain * orthogonalize(m_NOI, "six_step", step.dtype)
+
+
+def _retracted(m_NOI: Tensor, step: Step) -> Tensor:
+    x_NOI = (1 - step.margin) * m_NOI
+    for _ in range(3):
+        x_NOI = odd_step(x_NOI, 1.5, -0.5, step.dtype)
+    return (1 - step.margin) * x_NOI
 
 
 def row_clip(m_NOI: Tensor, step: Step) -> Tensor:
