@@ -62,21 +62,7 @@ def train_images(
         ConfigError, DataError: before anything is trained.
     """
     images = load_images(source)
-    model = shape.build(images.inputs, images.classes)
-    settings = _with_last_layer(settings, model)
-    parameter_groups(model, settings.optim, settings.constraint)
-    initialise(model, settings.constraint, settings.seed)
-    module = ImageModule(
-        compiled(model, settings),
-        settings.optim,
-        settings.constraint,
-        settings.schedule,
-        **module_options(settings),
-    )
-    loop = settings.trainer
-    data = ImageDataModule(
-        images, loop.batch_size, seed=settings.seed, val_batch_size=loop.val_batch_size
-    )
+    module, data = _module_and_data(images, shape, settings)
     progress = ImageProgress(settings.callbacks.log_every)
     callbacks: list[L.Callback] = [
         progress,
@@ -106,6 +92,27 @@ def train_images(
         )
     objective = 1 - metrics["train/val_acc_full"]
     return Outcome(metrics=metrics, artifacts=artifacts, objective=objective)
+
+
+def _module_and_data(
+    images: Images, shape: MLPConfig, settings: Settings
+) -> tuple["ImageModule", ImageDataModule]:
+    model = shape.build(images.inputs, images.classes)
+    settings = _with_last_layer(settings, model)
+    parameter_groups(model, settings.optim, settings.constraint)
+    initialise(model, settings.constraint, settings.seed)
+    module = ImageModule(
+        compiled(model, settings),
+        settings.optim,
+        settings.constraint,
+        settings.schedule,
+        **module_options(settings),
+    )
+    loop = settings.trainer
+    data = ImageDataModule(
+        images, loop.batch_size, seed=settings.seed, val_batch_size=loop.val_batch_size
+    )
+    return module, data
 
 
 class ImageModule(LipschitzModule):
