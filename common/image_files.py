@@ -65,7 +65,8 @@ def read_binary(folder: Path) -> tuple[Part, Part]:
 def read_npz(path: Path) -> tuple[Part, Part]:
     """Read the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test`` of an npz file."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             x_train, y_train, x_test, y_test = (arrays[name] for name in _NPZ)
     except KeyError:
         raise DataError(f"data.path={path}: expected arrays {', '.join(_NPZ)} in it") from None
