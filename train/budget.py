@@ -82,7 +82,9 @@ def head_cap(certificate: Certificate, model: LipschitzTransformer, budget: Budg
 def enforce(
     model: LipschitzTransformer, budget: Budget, dtype: torch.dtype | None = None
 ) -> Certificate:
-    """Shrink the head until the certificate is within the budget, and return that certificate.
+    """Shrink the logits until the certificate is within the budget; return that certificate.
+
+    Weight and bias of the head shrink by the same factor, so that no prediction changes.
 
     Args:
         model: Modified in place; its weights already have values of ``dtype``.
@@ -93,15 +95,15 @@ def enforce(
         CertificateError: if a weight is not finite.
     """
     certificate = certify(model, budget.tighten)
-    head_VC = model.head.weight
     for _ in range(_ATTEMPTS):
         if certificate.tightened <= budget.target:
             break
         margin = MARGIN if dtype is None else ROUNDING
         factor = budget.target / certificate.tightened * (1 - margin)
         log.info("head scaled by %.6f: %.6g is above the budget", factor, certificate.tightened)
-        head_VC.mul_(factor)
-        if dtype is not None:
-            head_VC.copy_(head_VC.to(dtype))
+        for parameter in model.head.parameters():
+            parameter.mul_(factor)
+            if dtype is not None:
+                parameter.copy_(parameter.to(dtype))
         certificate = certify(model, budget.tighten)
     return certificate

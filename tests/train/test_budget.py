@@ -17,7 +17,7 @@ SIZES = {"vocab_size": 11, "width": 8, "layers": 1, "heads": 2, "context": 6}
 def model():
     """A transformer whose constant is far from 2."""
     torch.manual_seed(0)
-    model = LipschitzTransformer(ModelConfig(**SIZES, final_scale=1.5))
+    model = LipschitzTransformer(ModelConfig(**SIZES, final_scale=1.5, head_bias=True))
     initialise(model, Constraint(), seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,6 +52,17 @@ def test_the_finished_model_is_within_its_budget(model, target, dtype):
     if dtype is not None:
         head_VC = model.head.weight
         assert torch.equal(head_VC, head_VC.to(dtype).to(head_VC.dtype))
+
+
+def test_enforcing_a_budget_changes_no_prediction(model):
+    """Oracle: the most probable token of every position before."""
+    with torch.no_grad():
+        tokens_BT = torch.randint(11, (8, 6))
+        before_BTV = model(tokens_BT)
+        enforce(model, Budget(target=0.1))
+        after_BTV = model(tokens_BT)
+    assert torch.equal(before_BTV.argmax(-1), after_BTV.argmax(-1))
+    assert after_BTV.abs().max() < 0.5 * before_BTV.abs().max()
 
 
 def test_a_model_within_its_budget_is_left_alone(model):
