@@ -1,0 +1,169 @@
+"""Image training through the whole command: learning, noise, resume, mistakes."""
+
+import os
+import signal
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from common.bundle import load_bundle
+from common.errors import ConfigError
+from common.images import ImageConfig, load_images
+from common.metrics_file import read_metrics
+from common.norms import rms_norm_factor, spectral_norm
+from common.runs import Run, plain
+from solvers.bounds import certify, verify
+from train import callbacks
+from train.app import train
+from train.image_data import image_indices
+from train.images import evaluate_images
+
+# float32 rounding on top of a cap.
+CAP_SLACK = 1e-5
+SMALL = (
+    "experiment=digits",
+    "device=cpu",
+    "model.hidden=[16,16]",
+    "trainer.val_every=0",
+    "callbacks.certificate_every=0",
+)
+
+
+@pytest.fixture
+def make_image_run(tmp_path):
+    """Return a function from overrides to (configuration, run) of a small classifier."""
+
+    def build(*overrides, directory="run"):
+        with initialize_config_module("conf", version_base="1.3"):
+            cfg = compose("train", overrides=[*SMALL, *overrides])
+        path = tmp_path / directory
+        path.mkdir(exist_ok=True)
+        run = Run(command="train", directory=path, config=plain(cfg), config_hash="0")
+        return cfg, run
+
+    return build
+
+
+def test_digits_are_learnt_under_the_cap(make_image_run):
+    """Oracle: chance is 0.1; SVD for the caps; the bundle repeats the stored accuracy."""
+    cfg, run = make_image_run(
+        "trainer.max_steps=60", "trainer.val_every=30", "callbacks.certificate_every=30"
+    )
+    outcome = train(cfg, run)
+    metrics = outcome.metrics
+    assert metrics["train/val_acc_full"] > 0.8
+    assert outcome.objective == 1 - metrics["train/val_acc_full"]
+    assert metrics["train/images_seen"] == 60 * 256
+    bundle = load_bundle(outcome.artifacts["bundle"])
+    assert (bundle.kind, bundle.tokenizer) == ("classifier", None)
+    for linear in bundle.model.linears:
+        assert rms_norm_factor(linear.weight) * spectral_norm(linear.weight) <= 2 * (1 + CAP_SLACK)
+    images = load_images(ImageConfig())
+    _, accuracy = evaluate_images(bundle.model, images.val_NI, images.val_labels_N)
+    assert accuracy == pytest.approx(metrics["train/val_acc_full"])
+    certificate = certify(bundle.model)
+    assert certificate.naive == pytest.approx(metrics["cert/naive"])
+    assert verify(bundle.model, certificate).tightened <= certificate.naive
+    rows = {int(row["step"]): row for row in read_metrics(run.directory / "metrics.csv")}
+    assert rows[30]["train/bound_naive"] > 0
+    assert 0 < rows[30]["train/val_acc_full"] <= 1
+    assert rows[60]["train/norm/linears.1"] <= 2 * (1 + CAP_SLACK)
+
+
+def test_label_noise_reaches_training_only(make_image_run):
+    """Oracle: with all labels wrong the true classes are avoided on the validation split."""
+    metrics = train(*make_image_run("trainer.max_steps=40", "data.label_noise=1.0")).metrics
+    assert metrics["train/val_acc_full"] < 0.1
+    assert metrics["train/acc_train"] > metrics["train/val_acc_full"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim=adamw", "constraint=none", "model.activation=maxmin", "model.bias=true"),
+        ("constraint=spectral_normalize", "model.activation=abs"),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_other_settings_train(make_image_run, overrides):
+    """Other optimizers, constraints and activations pass through the whole command."""
+    metrics = train(*make_image_run("trainer.max_steps=3", *overrides)).metrics
+    assert 0 < metrics["train/val_loss_nats"] < 100
+    assert metrics["cert/naive"] > 0
+
+
+def test_interrupted_run_resumes_bit_for_bit(make_image_run, monkeypatch):
+    """Oracle: the uninterrupted run; Ctrl-C arrives between two periodic checkpoints."""
+    settings = ("trainer.max_steps=9", "callbacks.checkpoint_every=4", "callbacks.log_every=1")
+    whole = train(*make_image_run(*settings, directory="whole"))
+
+    def interrupt(self, trainer, pl_module, outputs):
+        if trainer.global_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(callbacks.Checkpoint, "on_train_batch_start", _at(6), raising=False)
+    cfg, run = make_image_run(*settings, directory="half")
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(cfg, run)
+    signal.signal(signal.SIGINT, handler)
+    monkeypatch.undo()
+    run.resumed = True
+    resumed = train(cfg, run)
+    first, second = (
+        load_bundle(o.artifacts["bundle"]).model.state_dict() for o in (whole, resumed)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert resumed.metrics["train/images_seen"] == whole.metrics["train/images_seen"]
+
+
+def _at(step):
+    def interrupt(self, trainer, *_):
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return interrupt
+
+
+def test_every_epoch_is_a_permutation():
+    """Oracle: all images once per epoch, over all ranks, in another order each time."""
+    size, world = 5, 2
+    epochs = [
+        torch.cat(
+            [
+                image_indices(20, size, seed=1, index=2 * epoch + k, rank=rank, world=world)
+                for k in range(2)
+                for rank in range(world)
+            ]
+        )
+        for epoch in range(2)
+    ]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(20))
+    assert not torch.equal(*epochs)
+    assert len(image_indices(3, 8, seed=0, index=5)) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("data=stdlib", "model=mlp: expected images"),
+        ("model=nano", "images need an MLP"),
+        ("model.hidden=[3]", "even"),
+        ("model.hidden=[0]", "sizes=0"),
+        ("+constraint.caps.haed=1", "haed"),
+    ],
+)
+def test_bad_settings_stop_before_any_work(make_image_run, override, match):
+    """One line naming the value; nothing in the run directory."""
+    extra = ("model.activation=maxmin",) if match == "even" else ()
+    hidden = "~model.hidden" if override == "model=nano" else None
+    with initialize_config_module("conf", version_base="1.3"):
+        kept = [text for text in SMALL if not (hidden and text.startswith("model."))]
+        cfg = compose("train", overrides=[*kept, override, *extra])
+    _, run = make_image_run()
+    with pytest.raises(ConfigError, match=match) as caught:
+        train(cfg, run)
+    assert "\n" not in str(caught.value)
+    assert list(run.directory.iterdir()) == []
