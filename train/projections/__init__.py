@@ -102,12 +102,8 @@ def project(
         raise ShapeError(f"weight: expected (O, I) or (N, O, I), got {tuple(weight_OI.shape)}")
     stack_NOI = weight_OI if weight_OI.ndim == 3 else weight_OI[None]
     count, out_features, in_features = stack_NOI.shape
-    maxima = _repeated(w_max, count)
-    for cap in maxima:
-        positive("w_max", cap)
-    positive("spectral_decay", spectral_decay)
-    within("spectral_decay", spectral_decay, 0.0, 1.0)
-    bounds = _repeated(largest, count)
+    maxima, bounds = _repeated(w_max, count), _repeated(largest, count)
+    _check(maxima, spectral_decay)
     step = Step(
         largest=tuple(k if k is None else k / cap for k, cap in zip(bounds, maxima, strict=True)),
         spectral_decay=spectral_decay,
@@ -124,6 +120,13 @@ def project(
     if after_NOI is before_NOI:
         return weight_OI.clone()
     return (after_NOI * scale).view(weight_OI.shape).to(weight_OI.dtype)
+
+
+def _check(maxima: Sequence[float | None], spectral_decay: float) -> None:
+    for cap in maxima:
+        positive("w_max", cap)
+    positive("spectral_decay", spectral_decay)
+    within("spectral_decay", spectral_decay, 0.0, 1.0)
 
 
 def _repeated(value: float | Sequence[float | None] | None, count: int) -> list[float | None]:
