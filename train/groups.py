@@ -4,7 +4,7 @@ Matrices are updated by Muon with an explicit update-norm target and capped, emb
 clipped to RMS 1, vectors follow AdamW and cost nothing in the certificate.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,8 +19,6 @@ from train.projections import PROJECTIONS
 HEAD = "head.weight"
 # Embedding rows have at most this RMS; certificates start from the measured radius.
 ROW_RMS = 1.0
-# Patterns that configurations list for every model, whether it has such matrices or not.
-ROLES = ("embedding", "query", "key", "value", "output", "up", "down", "head", "linear")
 
 
 def parameter_groups(
@@ -41,15 +39,19 @@ def parameter_groups(
         ConfigError: for a pattern that matches nothing, or soft_cap without Muon.
     """
     names = dict(model.named_parameters())
-    _check_patterns("constraint.caps", constraint.caps, names)
-    _check_patterns("constraint.kinds", constraint.kinds, names)
-    _check_patterns("constraint.head_gains", constraint.head_gains, names)
-    _check_patterns("optim.target_factors", optim.target_factors, names)
-    if optim.matrices == "adamw" and PROJECTIONS[constraint.kind].needs_largest:
-        raise ConfigError(
-            f"constraint.kind={constraint.kind}: optim.matrices=adamw bounds no update norm; use "
-            "constraint=exact_cap or another constraint"
-        )
+    matrices = [name for name in names if role(name) != "vector"]
+    # Embedding rows have a cap and a constraint of their own.
+    capped = [name for name in matrices if role(name) != "embedding"]
+    _check_patterns("constraint.caps", constraint.caps, capped)
+    _check_patterns("constraint.kinds", constraint.kinds, capped)
+    _check_patterns("constraint.head_gains", constraint.head_gains, capped)
+    _check_patterns("optim.target_factors", optim.target_factors, matrices)
+    for kind in sorted({constraint.kind_of(name) for name in capped}):
+        if optim.matrices == "adamw" and PROJECTIONS[kind].needs_largest:
+            raise ConfigError(
+                f"constraint.kind={kind}: optim.matrices=adamw bounds no update norm; use "
+                "constraint=exact_cap or another constraint"
+            )
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in names.items():
         settings = _settings(model, name, optim, constraint)
@@ -171,10 +173,8 @@ def optimizer_defaults(optim: OptimConfig, constraint: Constraint) -> dict[str, 
     }
 
 
-def _check_patterns(field_name: str, patterns: Mapping[str, Any], names: Mapping) -> None:
-    matrices = [name for name in names if role(name) != "vector"]
-    given = [key for key, value in patterns.items() if value is not None]
-    for pattern in (pattern for pattern in given if pattern not in ROLES):
+def _check_patterns(field_name: str, patterns: Mapping[str, Any], matrices: Sequence[str]) -> None:
+    for pattern in (key for key, value in patterns.items() if value is not None):
         if not any(pattern in name for name in matrices):
             known = ", ".join(sorted({role(name) for name in matrices}))
             raise ConfigError(

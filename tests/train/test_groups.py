@@ -131,14 +131,14 @@ def test_target_factors_scale_the_learning_rate_of_adamw():
     assert groups["embedding.weight"]["lr"] == pytest.approx(0.01)
 
 
-def test_null_patterns_and_roles_of_other_models_are_no_errors():
+def test_null_patterns_are_no_errors():
     """Configurations list every role; null is w_max, whatever longer pattern it shadows."""
-    caps = {"query": None, "up": None, "mlp": 0.5, "head": 8.0, "linear": 2.0}
+    caps = {"query": None, "up": None, "mlp": 0.5, "head": 8.0, "linear": None}
     constraint = Constraint(w_max=1.1, caps=caps)
     groups = by_name(parameter_groups(transformer(), OptimConfig(), constraint))
     assert groups["layers.0.attention.query.weight"]["w_max"] == 1.1
     assert groups["layers.0.mlp.up.weight"]["w_max"] == 0.5
-    constraint = Constraint(caps={"query": None, "head": 8.0, "linear": 2.0})
+    constraint = Constraint(caps={"query": None, "linear": 2.0})
     classifier = by_name(parameter_groups(LipschitzMLP((6, 5, 3)), OptimConfig(), constraint))
     assert classifier["linears.0.weight"]["w_max"] == 2.0
 
@@ -212,6 +212,28 @@ def test_impossible_settings_are_config_errors(make, match):
     """Errors name the value."""
     with pytest.raises(ConfigError, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    ("model", "constraint", "match"),
+    [
+        (transformer(content_heads=0), Constraint(caps={"query": 0.5}), r"caps: pattern 'query'"),
+        (transformer(), Constraint(caps={"linear": 0.5}), r"caps: pattern 'linear'"),
+        (transformer(), Constraint(kinds={"embedding": "stiefel"}), r"kinds: pattern 'embedding'"),
+        (LipschitzMLP((6, 5, 3)), Constraint(caps={"up": 0.5}), r"caps: pattern 'up'.*linear"),
+    ],
+)
+def test_a_cap_for_what_the_model_lacks_is_an_error(model, constraint, match):
+    """Nothing that is set is ignored in silence; embedding rows keep their own cap."""
+    with pytest.raises(ConfigError, match=match):
+        parameter_groups(model, OptimConfig(), constraint)
+
+
+def test_soft_cap_of_one_matrix_needs_muon_too():
+    """Before training, whichever setting chose it."""
+    constraint = Constraint(kind="stiefel", kinds={"head": "soft_cap"})
+    with pytest.raises(ConfigError, match=r"kind=soft_cap: optim\.matrices=adamw"):
+        parameter_groups(transformer(), OptimConfig(matrices="adamw"), constraint)
 
 
 def test_pattern_without_match_and_soft_cap_without_muon_are_errors():
