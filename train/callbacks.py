@@ -1,11 +1,12 @@
 """What is watched while a model trains: certificate and norms, text, checkpoints."""
 
-# Legend: B batch, T token position.
+# Legend: T token position.
 
 import logging
 import re
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from common.files import replace_bytes
 from common.tokenizer import Tokenizer
-from train.probes import activation_maxima, continuation, matrix_norms, naive_certificate
+from train.probes import continuation, matrix_norms, naive_certificate
 from train.progress import EachStep, Progress, log_metrics
 
 __all__ = ["CHECKPOINT", "Certify", "Checkpoint", "EachStep", "Progress", "Sample", "log_metrics"]
@@ -33,19 +34,19 @@ class Certify(EachStep):
 
     Args:
         every: Period in steps.
-        probe_BT: Tokens (B, T) on which the largest activations are measured.
+        maxima: Function of the model: its largest activations, under declared metric names.
     """
 
-    def __init__(self, every: int, probe_BT: Tensor):
+    def __init__(self, every: int, maxima: Callable[[Any], dict[str, float]]):
         super().__init__(every)
-        self.probe_BT = probe_BT
+        self.maxima = maxima
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         """Measure on the leading rank; every rank helps to bring the weights together."""
         model = pl_module.whole()
         if trainer.is_global_zero:
             certificate, norms = naive_certificate(model), matrix_norms(model)
-            maxima = activation_maxima(model, self.probe_BT)
+            maxima = self.maxima(model)
             log_metrics(
                 trainer,
                 {

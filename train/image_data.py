@@ -94,8 +94,7 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def images_per_batch(self) -> int:
         """Images in one batch of one rank."""
-        world = self.trainer.world_size if self.trainer is not None else 1
-        return max(1, min(self.batch_size, len(self.images.train_NI) // world))
+        return max(1, min(self.batch_size, len(self.images.train_NI) // self._world))
 
     def train_dataloader(self) -> DataLoader:
         """Return the stream of batches (B, I), (B,) that continues after the consumed ones."""
@@ -105,7 +104,7 @@ class ImageDataModule(L.LightningDataModule):
             seed=self.seed,
             first=self.consumed,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
-            world=self.trainer.world_size if self.trainer is not None else 1,
+            world=self._world,
         )
         return DataLoader(stream, batch_size=None)
 
@@ -118,9 +117,13 @@ class ImageDataModule(L.LightningDataModule):
         return DataLoader(TensorDataset(x_NI, labels_N), batch_size=self.val_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of consumed training batches."""
-        return {"consumed": self.consumed}
+        """Return the number of consumed training batches per rank, and of ranks."""
+        return {"consumed": self.consumed, "world": self._world}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after that many batches."""
-        self.consumed = int(state_dict["consumed"])
+        """Continue after that many batches, also with another number of ranks."""
+        self.consumed = int(state_dict["consumed"]) * state_dict.get("world", 1) // self._world
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1

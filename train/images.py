@@ -5,6 +5,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
+from common.errors import ConfigError
 from common.files import write_json
 from common.images import ImageConfig, Images, load_images
 from common.ledger import Outcome, Run
 from common.models import LipschitzMLP, MLPConfig
-from train.callbacks import Checkpoint, EachStep, Progress, log_metrics
+from solvers.bounds import certify
+from train.callbacks import Certify, Checkpoint, Progress
 from train.groups import parameter_groups
 from train.image_data import ImageDataModule
 from train.init import initialise
 from train.margins import MARGINS_FILE, image_margins
-from train.module import LipschitzModule
-from train.probes import certificate_figures, matrix_norms, naive_certificate
+from train.module import ConstrainedModule
+from train.probes import certificate_figures, matrix_norms
 from train.session import (
     Settings,
     compiled,
@@ -50,7 +53,7 @@ def train_images(
         cfg: Group ``logger``.
         source: Which images.
         shape: Hidden layers of the model.
-        settings: Everything else; the pattern ``head`` of caps and target factors means the last
+        settings: Everything else, without a budget; the name pattern ``head`` means the last
             matrix. Window counts do not apply: the whole validation split is always read.
         run: Where; a resumed run continues from its last checkpoint.
 
@@ -61,17 +64,24 @@ def train_images(
     Raises:
         ConfigError, DataError: before anything is trained.
     """
+    loop = settings.trainer
+    if loop.budget.target is not None:
+        raise ConfigError(
+            f"trainer.budget.target={loop.budget.target:g}: expected null, only a language model "
+            "has a budget; lower constraint.w_max"
+        )
     images = load_images(source)
     module, data = _module_and_data(images, shape, settings)
     progress = ImageProgress(settings.callbacks.log_every)
     callbacks: list[L.Callback] = [
         progress,
-        CertifyImages(settings.callbacks.certificate_every, images.val_NI[:PROBE_IMAGES]),
+        Certify(settings.callbacks.certificate_every, partial(_maxima, images.val_NI)),
         Checkpoint(settings.callbacks.checkpoint_every, run.directory / "checkpoints"),
     ]
     trainer = fit(module, data, callbacks, settings, cfg, run)
     model = finished(module, trainer, settings)
-    metrics = _final_metrics(model, images, settings)
+    certificate = certify(model, tighten=loop.certify == "tightened")
+    metrics = _final_metrics(model, images, settings) | certificate_figures(certificate)
     metrics |= {
         "train/params": model.num_parameters,
         "train/steps": trainer.global_step,
@@ -83,7 +93,8 @@ def train_images(
     if trainer.is_global_zero:
         margins = image_margins(model, images.val_NI, images.val_labels_N)
         write_json(run.directory / MARGINS_FILE, margins)
-        artifacts["bundle"] = store(run, model.cpu(), settings, metrics=metrics)
+        proof = certificate if certificate.multipliers else None
+        artifacts["bundle"] = store(run, model.cpu(), settings, certificate=proof, metrics=metrics)
         log.info(
             "accuracy %.4f, naive bound %.4g, largest norm %.4f",
             metrics["train/val_acc_full"],
@@ -115,7 +126,7 @@ def _module_and_data(
     return module, data
 
 
-class ImageModule(LipschitzModule):
+class ImageModule(ConstrainedModule):
     """Trains a ``LipschitzMLP``; batches are pixels (B, I) and labels (B,)."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -141,32 +152,6 @@ class ImageProgress(Progress):
     def amount(self, batch: Any) -> int:
         """Return the images in a batch of one rank."""
         return len(batch[0])
-
-
-class CertifyImages(EachStep):
-    """Logs the naive certificate, the norm of every matrix and the largest activation.
-
-    Args:
-        every: Period in steps.
-        probe_BI: Images (B, I) on which the largest activation is measured.
-    """
-
-    def __init__(self, every: int, probe_BI: Tensor):
-        super().__init__(every)
-        self.probe_BI = probe_BI
-
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
-        """Measure on the leading rank; weights are the same on all."""
-        model = pl_module.whole()
-        if trainer.is_global_zero:
-            certificate, norms = naive_certificate(model), matrix_norms(model)
-            figures = {
-                "train/bound_naive": certificate.naive,
-                "train/log10_bound_naive": certificate.log10_naive,
-                "train/max_norm": max(norms.values()),
-                "train/max_activation": max_activation(model, self.probe_BI),
-            }
-            log_metrics(trainer, figures | norms)
 
 
 def loss_and_hits(model: Any, x_BI: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,6 +186,10 @@ def max_activation(model: LipschitzMLP, x_BI: Tensor) -> float:
     return max(largest, float(model.linears[-1](x_BI).abs().max()))
 
 
+def _maxima(images_NI: Tensor, model: LipschitzMLP) -> dict[str, float]:
+    return {"train/max_activation": max_activation(model, images_NI[:PROBE_IMAGES])}
+
+
 def _final_metrics(model: LipschitzMLP, images: Images, settings: Settings) -> dict[str, float]:
     size = settings.trainer.val_batch_size
     nats, accuracy = evaluate_images(model, images.val_NI, images.val_labels_N, size)
@@ -209,20 +198,21 @@ def _final_metrics(model: LipschitzMLP, images: Images, settings: Settings) -> d
         "train/val_loss_nats": nats,
         "train/val_acc_full": accuracy,
         "train/acc_train": train_accuracy,
-        **certificate_figures(naive_certificate(model)),
     }
 
 
 def _with_last_layer(settings: Settings, model: LipschitzMLP) -> Settings:
-    """Let the pattern ``head`` of caps and target factors mean the last matrix."""
+    """Let the name pattern ``head`` mean the last matrix."""
     last = f"linears.{len(model.linears) - 1}."
 
-    def renamed(patterns: Mapping[str, float]) -> dict[str, float]:
+    def renamed(patterns: Mapping[str, Any]) -> dict[str, Any]:
         return {last if name == "head" else name: value for name, value in patterns.items()}
 
     optim, constraint = settings.optim, settings.constraint
     return dataclasses.replace(
         settings,
         optim=dataclasses.replace(optim, target_factors=renamed(optim.target_factors)),
-        constraint=dataclasses.replace(constraint, caps=renamed(constraint.caps)),
+        constraint=dataclasses.replace(
+            constraint, caps=renamed(constraint.caps), kinds=renamed(constraint.kinds)
+        ),
     )

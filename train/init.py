@@ -121,6 +121,18 @@ def initialise_biases(
         table_HT.clamp_(min=settings.floor)
 
 
+def freeze_unused(model: LipschitzTransformer) -> None:
+    """Ask for no gradients in blocks with residual weight 0, which the forward pass leaves out.
+
+    DDP waits for every gradient that is asked for.
+    """
+    for block in model.layers:
+        if block.layer.attn_residual == 0:
+            block.attention.requires_grad_(False)
+        if block.layer.mlp_residual == 0:
+            block.mlp.requires_grad_(False)
+
+
 def _is_zero(model: nn.Module, name: str, constraint: Constraint) -> bool:
     kind = role(name)
     if kind not in ZERO_ROLES or kind == "head":

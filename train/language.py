@@ -1,6 +1,7 @@
 """Training a language model: text in, a constrained transformer and its figures out."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -21,10 +22,10 @@ from train.cost import Cost, flops_per_token
 from train.data import TokenDataModule
 from train.evaluate import bits_per_byte, evaluate, reference_windows
 from train.groups import parameter_groups
-from train.init import initialise, initialise_biases
+from train.init import freeze_unused, initialise, initialise_biases
 from train.margins import MARGINS_FILE, MOST_POSITIONS, text_margins
 from train.module import LipschitzModule
-from train.probes import certificate_figures, matrix_norms
+from train.probes import activation_maxima, certificate_figures, matrix_norms
 from train.session import (
     STORED,
     Settings,
@@ -99,6 +100,7 @@ def build_model(cfg: DictConfig, corpus: Corpus, settings: Settings) -> Lipschit
     parameter_groups(model, settings.optim, settings.constraint)
     initialise(model, settings.constraint, settings.seed)
     initialise_biases(model, settings.trainer.init, corpus.token_counts())
+    freeze_unused(model)
     return compiled(model, settings)
 
 
@@ -134,7 +136,7 @@ def _callbacks(
         progress,
         *([] if budget.target is None else [KeepBudget(budget)]),
         cost,
-        Certify(watch.certificate_every, probe_BT),
+        Certify(watch.certificate_every, partial(activation_maxima, tokens_BT=probe_BT)),
         Sample(watch.sample_every, samples, corpus.tokenizer, prompt_T, watch.sample_tokens),
         Checkpoint(watch.checkpoint_every, directory / "checkpoints"),
     ]

@@ -48,6 +48,10 @@ class ConstrainedModule(L.LightningModule):
         self.optim, self.constraint, self.schedule = optim, constraint, schedule
         self.total_steps, self.ema, self.shard_updates = total_steps, ema, shard_updates
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the model's logits."""
+        return self.model(inputs)
+
     @property
     def evaluated(self) -> Any:
         """The model that is validated, certified and stored: the average where there is one."""
@@ -137,10 +141,6 @@ class LipschitzModule(ConstrainedModule):
     ):
         super().__init__(model, optim, constraint, schedule, total_steps=total_steps, **options)
         self.bytes_per_token = bytes_per_token
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Return logits (B, T, V)."""
-        return self.model(tokens_BT)
 
     def training_step(self, batch_BT: Tensor, batch_idx: int) -> Tensor:
         """Return the mean loss (nats per token) of a batch (B, T + 1) and count the batch."""

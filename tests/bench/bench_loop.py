@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from train.groups import Constraint, OptimConfig, optimizer_defaults, parameter_
 from train.loop import build_trainer, quiet
 from train.module import LipschitzModule
 from train.optim import Muon
+from train.probes import activation_maxima
 from train.schedules import Schedule
 from train.settings import TrainerConfig
 
@@ -139,5 +141,6 @@ def _certificate_seconds(model: Any, length: int, folder: Any) -> float:
         is_global_zero=True, loggers=[MetricsLogger(folder)], global_step=1
     )
     start = cpu_seconds()
-    Certify(1, probe_BT).on_step(trainer, SimpleNamespace(whole=lambda: model), {})
+    watch = Certify(1, partial(activation_maxima, tokens_BT=probe_BT))
+    watch.on_step(trainer, SimpleNamespace(whole=lambda: model), {})
     return cpu_seconds() - start

@@ -16,7 +16,7 @@ from common.runs import Run, plain
 from solvers.bounds import certify, verify
 from train import callbacks
 from train.app import train
-from train.image_data import image_indices
+from train.image_data import ImageDataModule, image_indices
 from train.images import evaluate_images
 
 # float32 rounding on top of a cap.
@@ -98,10 +98,6 @@ def test_interrupted_run_resumes_bit_for_bit(make_image_run, monkeypatch):
     settings = ("trainer.max_steps=9", "callbacks.checkpoint_every=4", "callbacks.log_every=1")
     whole = train(*make_image_run(*settings, directory="whole"))
 
-    def interrupt(self, trainer, pl_module, outputs):
-        if trainer.global_step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
     monkeypatch.setattr(callbacks.Checkpoint, "on_train_batch_start", _at(6), raising=False)
     cfg, run = make_image_run(*settings, directory="half")
     handler = signal.getsignal(signal.SIGINT)
@@ -109,6 +105,8 @@ def test_interrupted_run_resumes_bit_for_bit(make_image_run, monkeypatch):
         train(cfg, run)
     signal.signal(signal.SIGINT, handler)
     monkeypatch.undo()
+    stored = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stored["global_step"] == 7
     run.resumed = True
     resumed = train(cfg, run)
     first, second = (
@@ -124,6 +122,34 @@ def _at(step):
             os.kill(os.getpid(), signal.SIGINT)
 
     return interrupt
+
+
+def test_a_tightened_certificate_is_stored_with_the_classifier(make_image_run):
+    """Oracle: the checker proves the stored bound again; it is not above the naive one."""
+    outcome = train(*make_image_run("trainer.max_steps=3", "trainer.certify=tightened"))
+    bundle = load_bundle(outcome.artifacts["bundle"])
+    tightened = outcome.metrics["cert/tightened"]
+    assert bundle.certificate.tightened == pytest.approx(tightened)
+    assert tightened <= outcome.metrics["cert/naive"]
+    assert verify(bundle.model, bundle.certificate).tightened == pytest.approx(tightened)
+
+
+def test_the_pattern_head_means_the_last_matrix(make_image_run):
+    """Oracle: SVD: orthogonal blocks, a soft cap of its own for the last matrix alone."""
+    run = make_image_run("trainer.max_steps=3", "constraint=orthogonal", "constraint.caps.head=9")
+    model = load_bundle(train(*run).artifacts["bundle"]).model
+    for linear in model.linears[:-1]:
+        values = rms_norm_factor(linear.weight) * torch.linalg.svdvals(linear.weight.detach())
+        assert float(values.min()) > 1.9
+    last = model.linears[-1].weight.detach()
+    assert float(torch.linalg.svdvals(last).min()) < 0.5 * float(torch.linalg.svdvals(last).max())
+
+
+def test_position_survives_another_number_of_ranks():
+    """Oracle: two ranks' three batches each are six batches of one process."""
+    data = ImageDataModule(load_images(ImageConfig()), 8, seed=0, val_batch_size=8)
+    data.load_state_dict({"consumed": 3, "world": 2})
+    assert data.state_dict() == {"consumed": 6, "world": 1}
 
 
 def test_every_epoch_is_a_permutation():
@@ -153,6 +179,8 @@ def test_every_epoch_is_a_permutation():
         ("model.hidden=[3]", "even"),
         ("model.hidden=[0]", "sizes=0"),
         ("+constraint.caps.haed=1", "haed"),
+        ("constraint.caps.up=1", "'up' matches no matrix"),
+        ("trainer.budget.target=2", r"trainer\.budget\.target=2: expected null"),
     ],
 )
 def test_bad_settings_stop_before_any_work(make_image_run, override, match):

@@ -9,7 +9,7 @@ import torch
 from common.errors import ConfigError
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from train.groups import Constraint, role
-from train.init import InitConfig, initialise, initialise_biases
+from train.init import InitConfig, freeze_unused, initialise, initialise_biases
 
 
 def transformer(**changes):
@@ -29,6 +29,16 @@ def test_matrices_are_orthogonal_with_unit_norm_or_their_cap():
             sigma = (w.shape[1] / w.shape[0]) ** 0.5 * torch.linalg.svdvals(w.detach())
             expected = 0.25 if kind == "query" else 1.0
             torch.testing.assert_close(sigma, torch.full_like(sigma, expected))
+
+
+def test_only_blocks_that_are_left_out_are_frozen():
+    """Oracle: autograd: what stays asks for a gradient and gets one."""
+    model = transformer(attn_residual=(0.5, 0.0), mlp_residual=(0.0, 1.0))
+    freeze_unused(model)
+    model(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+    for name, p in model.named_parameters():
+        is_out = name.startswith(("layers.1.attention.", "layers.0.mlp."))
+        assert p.requires_grad == (p.grad is not None) == (not is_out)
 
 
 def test_outputs_start_at_zero_and_embedding_rows_at_unit_rms():
