@@ -281,4 +281,18 @@ def read_proof(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CertificateError(f"{path}: damaged ({error}); certify again") from error
     if not isinstance(content, dict):
         raise CertificateError(f"{directory / JSON_FILE}: not a certificate; certify again")
+    _check_mappings(directory / JSON_FILE, content)
     return content, tensors
+
+
+def _check_mappings(path: Path, content: Mapping[str, Any]) -> None:
+    """Check the fields that every reader takes for mappings, in both kinds of certificates."""
+    fields = [(name, content.get(name, {})) for name in ("weights_sha256", "multipliers_sha256")]
+    blocks = content.get("blocks")
+    for block in blocks if isinstance(blocks, list) else []:
+        # What else is wrong with a block is found when it is built.
+        components = block.get("components", {}) if isinstance(block, dict) else {}
+        fields.append(("components", components))
+    for name, value in fields:
+        if not isinstance(value, dict):
+            raise CertificateError(f"{path}: {name}={value!r}: expected a mapping; certify again")

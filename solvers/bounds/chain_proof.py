@@ -113,6 +113,8 @@ def chain_proves(form: ChainForm, lambda_P: Tensor, rho: float) -> float | None:
         Positive definiteness by Cholesky after scaling the diagonal to about 1 by powers of two;
         the shift covers its backward error (Rump 2006 form) and all rounding in the matrix.
     """
+    if not rho > 0:
+        return None
     low, high = CHAIN_RANGE
     p = rho * rho * (1 - 4 * UNIT)
     lambda_P = exact64(lambda_P)

@@ -112,11 +112,13 @@ def _check_header(config: ClassifierConfig, certificate: ClassifierCertificate, 
         raise CertificateError(f"{len(certificate.norms)} norms: expected {count}")
     covered, place = 0, 0
     for block in certificate.blocks:
-        is_next = (block.index, block.first, block.kind) == (place, covered, "chain")
+        # JSON may hold anything: 1.0 and true equal 1 but are no positions.
+        are_places = {type(block.index), type(block.first), type(block.stop)} == {int}
+        is_next = are_places and (block.index, block.first, block.kind) == (place, covered, "chain")
         if not is_next or not covered < block.stop <= count:
             raise CertificateError(
-                f"chain {block.index}: matrices {block.first} to {block.stop}, expected the next "
-                f"ones after {covered} of {count}"
+                f"chain {block.index}: matrices {block.first!r} to {block.stop!r}, expected the "
+                f"next ones after {covered} of {count}"
             )
         covered, place = block.stop, place + 1
     if covered != count:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -224,6 +225,36 @@ def test_edited_chains_are_named(proof):
     norms = (certificate.norms[0], certificate.norms[1] / 2, certificate.norms[2])
     with pytest.raises(CertificateError, match=r"norms\[1\]"):
         verify(model, dataclasses.replace(certificate, norms=norms))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tightened": -1.0, "components": {"attack": -2.0}},
+        {"first": 0.0},
+        {"stop": 3.0},
+        {"stop": "3"},
+        {"index": False},
+    ],
+)
+def test_claims_of_another_kind_are_refused(proof, changes):
+    """Oracle: constants are not negative (squares hide the sign), positions are integers."""
+    model, certificate = proof
+    blocks = (dataclasses.replace(certificate.blocks[0], **changes),)
+    with pytest.raises(CertificateError, match=r"block 0 tightened|chain (0|False): matrices"):
+        verify(model, dataclasses.replace(certificate, blocks=blocks))
+
+
+@pytest.mark.parametrize("name", ["weights_sha256", "multipliers_sha256", "components"])
+def test_fields_that_are_no_mappings_are_refused(proof, tmp_path, name):
+    """Oracle: the field is named in one line, whatever the file holds."""
+    proof[1].save(tmp_path)
+    path = tmp_path / "certificate.json"
+    content = json.loads(path.read_text())
+    (content["blocks"][0] if name == "components" else content)[name] = None
+    path.write_text(json.dumps(content))
+    with pytest.raises(CertificateError, match=f"{name}=None"):
+        load_certificate(tmp_path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0.0])
