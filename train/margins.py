@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.certificate import Certificate, product_up
 from common.models import LipschitzMLP, LipschitzTransformer
 from solvers.robustness.domain import median_row_distance
-from solvers.robustness.images import feature_bound
+from solvers.robustness.images import feature_bound, forward_error
 from solvers.robustness.radii import PairNorms, certified_radii
 
 MARGINS_FILE = "margins.json"
@@ -113,7 +113,9 @@ def _margins(
     found = []
     for batch, answers_B in zip(inputs.split(rows), answers.split(rows), strict=True):
         logits_MV = classify(batch.to(head_VC.device)).flatten(0, -2)
-        top_M, margins_M = certified_radii(logits_MV, pairs.of(logits_MV.argmax(dim=1)))
+        error = forward_error(exact, batch) if isinstance(exact, LipschitzMLP) else 0.0
+        movement_MV = pairs.of(logits_MV.argmax(dim=1))
+        top_M, margins_M = certified_radii(logits_MV, movement_MV, error)
         is_right_M = top_M == answers_B.flatten().to(top_M.device)
         found.append(torch.where(is_right_M, margins_M.clamp(max=_FARTHEST), -1.0).cpu())
     return torch.cat(found)

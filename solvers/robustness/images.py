@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.errors import ConfigError, DataError
 from common.models import LipschitzMLP
-from common.norms import round_up, spectral_norm_bound
+from common.norms import gamma, round_up, spectral_norm_bound
 from solvers.robustness.pgd import attacked
 from solvers.robustness.radii import PairNorms, certified_radii, linf_radii
 from solvers.robustness.record import (
@@ -44,6 +44,26 @@ def feature_bound(model: LipschitzMLP) -> float:
         assert isinstance(linear, torch.nn.Linear)
         bound = round_up(bound * spectral_norm_bound(linear.weight))
     return bound
+
+
+def forward_error(model: LipschitzMLP, x_BI: Tensor) -> Tensor:
+    """Bound the rounding error (B, 1) of every logit that a float64 model computes.
+
+    Source:
+        The standard bound on inner products, entry by entry: magnitudes pass through the network
+        beside the values, and no activation makes an error larger. Biases that cancel need it.
+    """
+    size_BF, roundings = x_BI.double().abs(), 0
+    for index, linear in enumerate(model.linears):
+        assert isinstance(linear, torch.nn.Linear)
+        if index and model.activation == "maxmin":
+            # Either of a pair may come out first.
+            size_BF = size_BF.unflatten(-1, (-1, 2)).amax(-1).repeat_interleave(2, -1)
+        size_BF = size_BF @ linear.weight.abs().T
+        if linear.bias is not None:
+            size_BF = size_BF + linear.bias.abs()
+        roundings += linear.in_features + 2
+    return 1.01 * gamma(roundings) * size_BF.amax(-1, keepdim=True)
 
 
 class ImageEvaluator:
@@ -118,7 +138,8 @@ class ImageEvaluator:
         for part_BI in images_NI.split(self.settings.batch):
             logits_BV = self.model(part_BI)
             movement_BV = self.pairs.of(logits_BV.argmax(-1)) * self.features
-            parts.append(certified_radii(logits_BV, movement_BV.clamp(max=self.ceiling)))
+            error_B1 = forward_error(self.model, part_BI)
+            parts.append(certified_radii(logits_BV, movement_BV.clamp(max=self.ceiling), error_B1))
         return torch.cat([top for top, _ in parts]), torch.cat([radius for _, radius in parts])
 
     def _curves(self, radii_N: Tensor, hits_N: Tensor, pixels: int) -> list[Curve]:

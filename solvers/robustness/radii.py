@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.errors import CertificateError, ShapeError
 from common.norms import exact64, gamma
+from solvers.bounds.admissible import check_weights
 
 ROUNDING = 1e-9
 """Share of the largest logit (and of a radius) given up for rounding of the float64 forward pass,
@@ -29,9 +30,13 @@ class PairNorms:
         rows_VC: Rows U, any floating type.
         scale: Factor on the logits.
         ceiling: Bound on all of them that is already proved, such as ``Certificate.pair_norm``.
+
+    Raises:
+        CertificateError: for entries that are not finite, or so small that squares underflow.
     """
 
     def __init__(self, rows_VC: Tensor, scale: float = 1.0, ceiling: float = math.inf) -> None:
+        check_weights({"head.weight": rows_VC})
         device = rows_VC.device
         self._rows_VC = exact64(rows_VC).to(device)
         self._scale, self._ceiling = abs(scale), ceiling
@@ -54,15 +59,19 @@ class PairNorms:
         return self._bounded((squares_NV.clamp(min=0) + rounding).sqrt())
 
     def _bounded(self, norms: Tensor) -> Tensor:
-        return (self._scale * norms * (1 + 1e-12)).clamp(max=self._ceiling)
+        rounding = 1e-12 + gamma(self._rows_VC.shape[1] + 8)
+        return (self._scale * norms * (1 + rounding)).clamp(max=self._ceiling)
 
 
-def certified_radii(logits_NV: Tensor, movement_NV: Tensor) -> tuple[Tensor, Tensor]:
+def certified_radii(
+    logits_NV: Tensor, movement_NV: Tensor, error_N1: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Return the first class and the distance within which it provably stays first.
 
     Args:
         logits_NV: Float64 logits.
         movement_NV: Bounds on how far ``z_first - z_v`` moves per unit of distance.
+        error_N1: Bound on the rounding error of every logit (N, 1), where one is known.
 
     Returns:
         First class (N,) and radius (N,), in the unit of the distance: for every perturbation
@@ -82,8 +91,8 @@ def certified_radii(logits_NV: Tensor, movement_NV: Tensor) -> tuple[Tensor, Ten
         raise CertificateError("a logit is NaN or infinite: expected finite ones; train again")
     top_N = logits_NV.argmax(dim=-1)
     first_N = logits_NV.gather(-1, top_N[:, None])
-    rounding_N = ROUNDING * logits_NV.abs().amax(-1, keepdim=True)
-    gaps_NV = (first_N - logits_NV - rounding_N).clamp(min=0)
+    allowance_N1 = ROUNDING * logits_NV.abs().amax(-1, keepdim=True) + 2 * error_N1
+    gaps_NV = (first_N - logits_NV - allowance_N1).clamp(min=0)
     # A gap that nothing can close is infinitely far; no gap is no radius, whatever can move.
     radii_NV = torch.where(gaps_NV > 0, gaps_NV / movement_NV, 0.0)
     radii_NV = radii_NV.scatter(-1, top_N[:, None], math.inf)

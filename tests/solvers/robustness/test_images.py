@@ -7,7 +7,7 @@ from torch import Tensor
 from common.errors import CertificateError, ConfigError, DataError
 from common.models import LipschitzMLP
 from solvers.robustness import ImageEvaluator, RobustnessSettings
-from solvers.robustness.images import feature_bound
+from solvers.robustness.images import feature_bound, forward_error
 
 SETTINGS = RobustnessSettings(
     l2_epsilons=(0.02, 0.1, 0.5), linf_epsilons=(0.01, 0.05, 0.2), steps=15, restarts=2, points=9
@@ -69,6 +69,26 @@ def test_a_wrong_bound_is_refuted() -> None:
     model, x, labels = problem((9, 16, 4))
     with pytest.raises(CertificateError, match=r"under attack .* certified accuracy"):
         ImageEvaluator(model, SETTINGS, pair=1e-6).evaluate(x, labels)
+
+
+@pytest.mark.parametrize("activation", ["relu", "abs", "maxmin"])
+def test_rounding_of_cancelling_biases_is_given_up(activation: str) -> None:
+    """Oracle: the exact result; biases of 2^40 round the pixels and are taken off again."""
+    model = LipschitzMLP((2, 2, 2), activation).double()
+    with torch.no_grad():
+        for linear, shift in zip(model.linears, (2.0**40, -(2.0**40)), strict=True):
+            linear.weight.copy_(torch.eye(2))
+            linear.bias.fill_(shift)
+        if activation == "maxmin":  # the larger one comes out first
+            model.linears[-1].weight.copy_(torch.eye(2).flip(0))
+    x = torch.rand(100, 1).double() + torch.tensor([0.0, 1e-5]).double()
+    with torch.no_grad():
+        error = (model(x) - x).abs().amax(1, keepdim=True)
+        assert float(error.max()) > 1e-5
+        assert bool((error <= forward_error(model, x)).all())
+        top, radii = ImageEvaluator(model, SETTINGS)._radii(x)
+    assert bool((top == 0).any())
+    assert not bool(radii[top == 0].any())
 
 
 def test_a_better_bound_of_pairs_helps() -> None:

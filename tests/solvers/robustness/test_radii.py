@@ -85,6 +85,13 @@ def test_ties_and_gaps_that_nothing_closes() -> None:
     assert radius.tolist() == [0.0, math.inf]
 
 
+def test_rows_whose_differences_underflow_are_refused() -> None:
+    """Oracle: squares of 1e-170 are 0 in float64, which would certify any distance."""
+    rows = torch.tensor([[1e-170, 0.0], [0.0, 1e-170]], dtype=torch.float64)
+    with pytest.raises(CertificateError, match=r"head\.weight"):
+        PairNorms(rows)
+
+
 def test_rounding_is_given_up() -> None:
     """Oracle: a gap below ROUNDING of the largest logit certifies nothing."""
     logits = torch.tensor([[1e6, 1e6 * (1 - ROUNDING / 2)]], dtype=torch.float64)
