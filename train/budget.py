@@ -15,6 +15,7 @@ import torch
 
 from common.certificate import Certificate
 from common.config import check_types, positive
+from common.errors import CertificateError
 from common.models import LipschitzTransformer
 from solvers.bounds import certify
 from train.groups import HEAD
@@ -27,6 +28,8 @@ MARGIN = 1e-5
 # Rounding a rescaled head to bfloat16 may add this much to its norm, relative.
 ROUNDING = 4e-3
 _ATTEMPTS = 8
+# A head times less than this would lose digits to underflow, and predictions would change.
+_SMALLEST = 1e-30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +67,10 @@ class KeepBudget(EachStep):
     def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
         """Prove the blocks and change the cap; every rank proves the same."""
         model = pl_module.whole()
-        cap = head_cap(certify(model, self.budget.tighten), model, self.budget)
+        certificate = certify(model, self.budget.tighten)
+        if not all(block.tightened for block in certificate.blocks):
+            return  # Nothing passes such a block: every head is within the budget.
+        cap = head_cap(certificate, model, self.budget)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 if HEAD in group["names"]:
@@ -73,9 +79,12 @@ class KeepBudget(EachStep):
 
 
 def head_cap(certificate: Certificate, model: LipschitzTransformer, budget: Budget) -> float:
-    """Return the RMS->RMS norm that the head may have beside the certified blocks."""
+    """Return the RMS->RMS norm that the head may have beside the certified blocks (none is 0)."""
+    config = model.config
     blocks = sum(math.log(block.tightened) for block in certificate.blocks)
-    return budget.target * (1 - MARGIN) / model.config.final_scale * math.exp(-blocks)
+    # Surplus rows count in the norm of the head, but not among the logits.
+    share = math.sqrt(config.vocab_size / config.head_rows)
+    return budget.target * (1 - MARGIN) * share / config.final_scale * math.exp(-blocks)
 
 
 @torch.no_grad()
@@ -92,18 +101,26 @@ def enforce(
         dtype: Type that the weights will be stored in; None for their own.
 
     Raises:
-        CertificateError: if a weight is not finite.
+        CertificateError: if a weight is not finite, or no head with digits left is within.
     """
     certificate = certify(model, budget.tighten)
+    margin = MARGIN if dtype is None else ROUNDING
     for _ in range(_ATTEMPTS):
         if certificate.tightened <= budget.target:
-            break
-        margin = MARGIN if dtype is None else ROUNDING
+            return certificate
         factor = budget.target / certificate.tightened * (1 - margin)
+        if factor < _SMALLEST:
+            break
         log.info("head scaled by %.6f: %.6g is above the budget", factor, certificate.tightened)
         for parameter in model.head.parameters():
             parameter.mul_(factor)
             if dtype is not None:
                 parameter.copy_(parameter.to(dtype))
         certificate = certify(model, budget.tighten)
-    return certificate
+        margin *= 2
+    if certificate.tightened <= budget.target:
+        return certificate
+    raise CertificateError(
+        f"tightened=1e{certificate.log10_tightened:.1f}: expected at most trainer.budget.target="
+        f"{budget.target:g}, and no smaller head can bring it there; train under a constraint"
+    )

@@ -145,9 +145,12 @@ def _callbacks(
 def _certificate(model: LipschitzTransformer, settings: Settings) -> Certificate:
     """Certify the finished model, within its budget where it has one."""
     loop = settings.trainer
+    tighten = loop.certify == "tightened"
     if loop.budget.target is not None:
-        enforce(model, loop.budget, STORED[loop.save_dtype])
-    return certify(model, tighten=loop.certify == "tightened")
+        certificate = enforce(model, loop.budget, STORED[loop.save_dtype])
+        if loop.budget.tighten == tighten:
+            return certificate
+    return certify(model, tighten=tighten)
 
 
 def _final_metrics(

@@ -1,13 +1,16 @@
 """The certificate's budget: the certificate itself is the oracle."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from common.errors import ConfigError
+from common.errors import CertificateError, ConfigError
 from common.models import LipschitzTransformer, ModelConfig
 from solvers.bounds import certify
-from train.budget import MARGIN, Budget, enforce, head_cap
-from train.groups import Constraint
+from train import budget as budget_module
+from train.budget import MARGIN, Budget, KeepBudget, enforce, head_cap
+from train.groups import HEAD, Constraint
 from train.init import initialise
 
 SIZES = {"vocab_size": 11, "width": 8, "layers": 1, "heads": 2, "context": 6}
@@ -35,6 +38,59 @@ def test_a_head_at_its_cap_uses_the_whole_budget(model, tighten):
         norm = (8 / 11) ** 0.5 * torch.linalg.matrix_norm(head_VC.double(), 2)
         head_VC.mul_(cap / norm)
     assert 1 - 2 * MARGIN < certify(model, tighten).tightened / budget.target <= 1
+
+
+def test_surplus_rows_of_the_head_cost_nothing():
+    """Oracle: the certificate, whose RMS is over the logits alone, at the cap by SVD."""
+    model = LipschitzTransformer(ModelConfig(**SIZES, vocab_multiple=8)).requires_grad_(False)
+    budget = Budget(target=0.7)
+    cap = head_cap(certify(model), model, budget)
+    norm = (8 / 16) ** 0.5 * torch.linalg.matrix_norm(model.head.weight.double(), 2)
+    model.head.weight.mul_(cap / norm)
+    assert 1 - 2 * MARGIN < certify(model).tightened / budget.target <= 1
+
+
+@pytest.mark.parametrize("size", [1e12, 1e30])
+def test_a_budget_that_no_head_can_meet_is_refused(model, size):
+    """Oracle: the head would underflow to 0 and predict nothing; it is left as it was."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name:
+                parameter.mul_(size)
+    before = model.head.weight.clone()
+    with pytest.raises(CertificateError, match=r"trainer\.budget\.target=0\.7"):
+        enforce(model, Budget(target=0.7))
+    assert torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize("margin", [1e-4, 1e-6])
+def test_a_head_that_rounds_back_is_never_stored_over_budget(model, margin, monkeypatch):
+    """Oracle: the certificate. Equal entries a hair above the budget round back to themselves."""
+    monkeypatch.setattr(budget_module, "ROUNDING", margin)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+        model.head.weight.fill_(1.5)
+    budget = Budget(target=certify(model).tightened * (1 - 1e-6))
+    if margin > 1e-5:
+        assert enforce(model, budget, torch.bfloat16).tightened <= budget.target
+    else:
+        with pytest.raises(CertificateError, match="expected at most"):
+            enforce(model, budget, torch.bfloat16)
+
+
+def test_a_block_that_nothing_passes_leaves_the_cap_alone(model):
+    """Oracle: the constant is 0 under every head, so there is no cap to compute."""
+    with torch.no_grad():
+        for name in ("output", "value"):
+            getattr(model.layers[0].attention, name).weight.zero_()
+    blocked = LipschitzTransformer(model.config.with_layer(0, attn_residual=1.0))
+    blocked.load_state_dict(model.state_dict())
+    group = {"names": [HEAD], "w_max": 0.5}
+    trainer = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[group])], loggers=[])
+    module = SimpleNamespace(whole=lambda: blocked)
+    KeepBudget(Budget(target=1.0)).on_step(trainer, module, None)
+    assert group["w_max"] == 0.5
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
