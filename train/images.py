@@ -109,7 +109,7 @@ def _module_and_data(
     images: Images, shape: MLPConfig, settings: Settings
 ) -> tuple["ImageModule", ImageDataModule]:
     model = shape.build(images.inputs, images.classes)
-    settings = _with_last_layer(settings, model)
+    settings = with_last_layer(settings, model)
     parameter_groups(model, settings.optim, settings.constraint)
     initialise(model, settings.constraint, settings.seed)
     module = ImageModule(
@@ -201,8 +201,8 @@ def _final_metrics(model: LipschitzMLP, images: Images, settings: Settings) -> d
     }
 
 
-def _with_last_layer(settings: Settings, model: LipschitzMLP) -> Settings:
-    """Let the name pattern ``head`` mean the last matrix."""
+def with_last_layer(settings: Settings, model: LipschitzMLP) -> Settings:
+    """Return the settings with the name pattern ``head`` meaning the last matrix."""
     last = f"linears.{len(model.linears) - 1}."
 
     def renamed(patterns: Mapping[str, Any]) -> dict[str, Any]:
