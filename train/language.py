@@ -148,7 +148,7 @@ def _certificate(model: LipschitzTransformer, settings: Settings) -> Certificate
     tighten = loop.certify == "tightened"
     if loop.budget.target is not None:
         certificate = enforce(model, loop.budget, STORED[loop.save_dtype])
-        if loop.budget.tighten == tighten:
+        if loop.budget.tighten or not tighten:
             return certificate
     return certify(model, tighten=tighten)
 
@@ -191,7 +191,7 @@ def _outcome(
         settings,
         tokenizer=corpus.tokenizer,
         corpus=corpus,
-        certificate=certificate if settings.trainer.certify == "tightened" else None,
+        certificate=certificate if certificate.multipliers else None,
         metrics=metrics,
     )
     artifacts = {"bundle": bundle}

@@ -35,10 +35,10 @@ class TrainerConfig:
         val_batch_size: Windows per validation batch.
         save_dtype: Type of the stored weights: ``float32``, or ``bfloat16``, to which they are
             rounded before the last validation.
-        certify: Bound of the finished language model: ``naive`` from operator norms, or
-            ``tightened``, which is stored with its proof in the bundle.
+        certify: Bound of the finished model: ``naive`` from operator norms, or ``tightened``,
+            which is stored with its proof in the bundle (a tightened budget's always is).
         budget: Largest certified constant of the finished language model.
-        init: Initial biases.
+        init: Initial biases of a language model.
     """
 
     max_steps: int = 300

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.bundle import load_bundle
 from common.errors import CertificateError, ConfigError
 from common.models import LipschitzTransformer, ModelConfig
-from solvers.bounds import certify
+from solvers.bounds import certify, verify
 from train import budget as budget_module
+from train.app import train
 from train.budget import MARGIN, Budget, KeepBudget, enforce, head_cap
 from train.groups import HEAD, Constraint
 from train.init import initialise
@@ -126,6 +128,14 @@ def test_a_model_within_its_budget_is_left_alone(model):
     before = model.head.weight.clone()
     enforce(model, Budget(target=1e6))
     assert torch.equal(model.head.weight, before)
+
+
+def test_the_proof_of_a_tightened_budget_is_stored(make_run):
+    """Oracle: the checker, which proves the stored bound again."""
+    outcome = train(*make_run("trainer.max_steps=2", "trainer.budget.target=0.02"))
+    bundle = load_bundle(outcome.artifacts["bundle"])
+    assert outcome.metrics["cert/tightened"] <= 0.02
+    assert verify(bundle.model, bundle.certificate).tightened <= 0.02
 
 
 @pytest.mark.parametrize("settings", [{"target": 0.0}, {"target": -1.0}, {"every": 0}])
