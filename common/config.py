@@ -6,11 +6,16 @@ mistake in a node (unknown key, wrong type, impossible value) into one ``ConfigE
 
 import dataclasses
 import math
+import re
 import types
 from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from common.errors import ConfigError, LipError
+
+# How Python and Hydra word it when a target does not know a key of its node.
+_UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
+_KEY = re.compile(r"^full_key: (\S+)$", re.MULTILINE)
 
 
 def build(node: Any, **overrides: Any) -> Any:
@@ -37,6 +42,11 @@ def build(node: Any, **overrides: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, LipError):
             raise _named_by_key(cause, node) from None
+        if unknown := _UNKNOWN.search(str(error)):
+            group = f"{found[1]}." if (found := _KEY.search(str(error))) else ""
+            raise ConfigError(
+                f"{group}{unknown[1]}: unknown setting; remove it or correct its name"
+            ) from None
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError("; ".join(lines[1:3] or lines)) from error
 

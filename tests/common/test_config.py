@@ -69,5 +69,8 @@ def test_build_passes_our_errors_through_and_wraps_unknown_keys():
     assert build({"_target_": target, **shape}, width=8).width == 8
     with pytest.raises(ConfigError, match="width=-1"):
         build({"_target_": target, **shape, "width": -1})
-    with pytest.raises(ConfigError, match="nope"):
+    with pytest.raises(ConfigError, match=r"^nope: unknown setting; remove it"):
         build({"_target_": target, **shape, "nope": 1})
+    node = OmegaConf.create({"group": {"_target_": target, **shape, "nope": 1}})
+    with pytest.raises(ConfigError, match=r"^group\.nope: unknown setting; remove it"):
+        build(node.group)
