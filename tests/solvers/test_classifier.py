@@ -230,7 +230,7 @@ def test_edited_chains_are_named(proof):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tightened": -1.0, "components": {"attack": -2.0}},
+        {"tightened": -1e3, "components": {"attack": -1e4}},
         {"first": 0.0},
         {"stop": 3.0},
         {"stop": "3"},
