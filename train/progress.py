@@ -4,6 +4,7 @@ Every period counts optimizer steps, so that gradient accumulation does not chan
 """
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+
+from common.errors import ConvergenceError
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +137,11 @@ class Progress(EachStep):
         # Lightning hands back what it accumulates: the loss over the number of micro-batches.
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.loss = float(trainer.strategy.reduce(loss, reduce_op="mean"))
+        if not math.isfinite(self.loss):
+            raise ConvergenceError(
+                f"loss={self.loss} at step {trainer.global_step}: the training has diverged; lower "
+                "optim.lr, or optim.embedding_lr and optim.vector_lr"
+            )
         metrics = {
             "train/loss": self.loss,
             "train/lr": pl_module.optim.lr * factor,

@@ -163,7 +163,7 @@ def test_every_combination_trains(make_run, overrides):
         ("device=tpu", ConfigError, "device=tpu"),
         ("trainer.strategy=foo", ConfigError, "strategy='foo'"),
         ("trainer.precision=foo", ConfigError, "precision='foo'"),
-        ("+optim.betas=[0.9,1.0]", ConfigError, "betas"),
+        ("optim.betas=[0.9,1.0]", ConfigError, "betas"),
         ("model.context=100000", DataError, "context"),
     ],
 )

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.errors import ConvergenceError
 from train import progress
 from train.callbacks import Checkpoint, Sample
 from train.progress import Bar, EachStep, Progress
@@ -99,3 +100,13 @@ def test_ranks_agree_on_stopping_only_now_and_then(tmp_path):
             due.append(step)
     assert due == [7, 10, 14, 20]
     assert asked == [10, 20]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_diverged_run_stops_with_one_line(loss):
+    """The step, the value and what to lower; nothing is trained on a lost model."""
+    watch = Progress(1)
+    module = SimpleNamespace(schedule=SimpleNamespace(factor=lambda *a: 1.0), total_steps=9)
+    with pytest.raises(ConvergenceError, match=r"at step 0.*lower optim\.lr") as caught:
+        watch.on_step(trainer(watch), module, {"loss": torch.tensor(loss)})
+    assert "\n" not in str(caught.value)
