@@ -10,6 +10,7 @@ import socket
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ Part = tuple[np.ndarray, np.ndarray]
 _ROW = 1 + 3 * 32 * 32
 _BINARY = ("data_batch_1.bin", "test_batch.bin")
 _NPZ = ("x_train", "y_train", "x_test", "y_test")
+# A label far beyond the number of classes would become a matrix with as many rows.
+_MOST_CLASSES = 65536
+# What numpy raises for an empty file, a single array under another name, and damaged bytes.
+_UNREADABLE = (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 _FORMATS = (
     "expected a folder with data_batch_*.bin and test_batch.bin or with train*.parquet and "
     "test*.parquet, or an npz file"
@@ -70,9 +75,11 @@ def read_npz(path: Path) -> tuple[Part, Part]:
             x_train, y_train, x_test, y_test = (arrays[name] for name in _NPZ)
     except KeyError:
         raise DataError(f"data.path={path}: expected arrays {', '.join(_NPZ)} in it") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"data.path={path}: cannot be read ({reason}); write it again") from None
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"data.path={path}: cannot be read ({reason}); write it again with numpy.savez"
+        ) from None
     return (x_train, y_train.reshape(-1)), (x_test, y_test.reshape(-1))
 
 
@@ -164,11 +171,27 @@ def _rows(file: Path) -> Part:
 
 def _checked(path: Path, parts: tuple[Part, Part]) -> tuple[Part, Part]:
     shapes = {pixels.shape[1:] for pixels, _ in parts}
-    is_paired = all(len(pixels) == len(labels) > 0 for pixels, labels in parts)
+    is_paired = all(
+        pixels.ndim > 0 and pixels.size > 0 and len(pixels) == len(labels)
+        for pixels, labels in parts
+    )
     if not is_paired or len(shapes) > 1:
         sizes = [(pixels.shape, labels.shape) for pixels, labels in parts]
-        raise DataError(f"data.path={path}: expected images of one size with labels, got {sizes}")
-    for _, labels in parts:
-        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-            raise DataError(f"data.path={path}: expected whole numbers from 0 on as labels")
+        raise DataError(
+            f"data.path={path}: expected images of one size with labels, got {sizes}; correct the "
+            "arrays"
+        )
+    for pixels, labels in parts:
+        if pixels.dtype.kind not in "buif":
+            raise DataError(
+                f"data.path={path}: pixels of type {pixels.dtype}: expected bytes, or numbers from "
+                "0 to 1; convert them"
+            )
+        is_whole = np.issubdtype(labels.dtype, np.integer)
+        if not is_whole or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
+            found = f"{labels.min()} to {labels.max()}" if is_whole else str(labels.dtype)
+            raise DataError(
+                f"data.path={path}: labels {found}: expected whole numbers from 0 on, below "
+                f"{_MOST_CLASSES}; number the classes from 0"
+            )
     return parts

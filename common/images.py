@@ -168,6 +168,7 @@ def _pixels(values: np.ndarray) -> np.ndarray:
     flat = flat.astype(np.float32)
     if not (np.isfinite(flat).all() and flat.min() >= 0 and flat.max() <= 1):
         raise DataError(
-            f"pixels from {flat.min():g} to {flat.max():g}: expected bytes, or numbers from 0 to 1"
+            f"pixels from {flat.min():g} to {flat.max():g}: expected bytes, or numbers from 0 to "
+            "1; scale them"
         )
     return flat

@@ -150,9 +150,35 @@ def test_bad_image_files_are_named(tmp_path, cifar):
     refused(bad, "images of one size with labels")
     bad.write_bytes(b"PK\x03\x04 no archive")
     refused(bad, "cannot be read")
+    bad.write_bytes(b"")
+    refused(bad, "cannot be read")
+    with bad.open("wb") as single:
+        np.save(single, np.zeros(3))
+    refused(bad, "cannot be read")
     file = path / "cifar-10-batches-bin" / "test_batch.bin"
     file.write_bytes(file.read_bytes()[:-1])
     refused(path, "multiple of 3073")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "match"),
+    [
+        (np.float32(1), np.int64(1), "images of one size"),
+        (np.zeros((2, 0)), np.array([0, 1]), "images of one size"),
+        (np.full((2, 3), "a"), np.array([0, 1]), "pixels of type <U1"),
+        (np.zeros((2, 3), dtype=complex), np.array([0, 1]), "pixels of type complex128"),
+        (np.zeros((2, 3)), np.array([0, 10**10]), "labels 0 to 10000000000: expected whole"),
+        (np.zeros((2, 3)), np.array([0, 2**64 - 1], dtype=np.uint64), "expected whole numbers"),
+        (np.zeros((2, 3)), np.array([0.0, 1.0]), "labels float64: expected whole numbers"),
+    ],
+)
+def test_arrays_that_are_no_images_are_named(tmp_path, pixels, labels, match):
+    """Oracle: one line, before a label becomes a matrix of ten billion rows."""
+    path = tmp_path / "x.npz"
+    np.savez(path, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    with pytest.raises(DataError, match=match) as caught:
+        load_images(ImageConfig(source="local", path=str(path)))
+    assert "\n" not in str(caught.value)
 
 
 def test_cifar_without_files_or_network_says_so():
