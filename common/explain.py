@@ -100,7 +100,10 @@ def _unknown_key(key: str) -> str:
         return "an override has no key: expected key=value"
     known = list(_known_keys())
     if key in known:
-        return f"{key!r} gets a key that it does not list: add it with +{key}.NAME=VALUE"
+        return (
+            f"{key!r} gets a key that it does not list: add it with +{key}.NAME=VALUE, or where "
+            f"NAME has dots with '+{key}={{NAME: VALUE}}'"
+        )
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "--cfg job lists what can be set"
     return f"unknown key {key!r}: {hint}"

@@ -49,8 +49,10 @@ class Constraint:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for kind in (self.kind, *(kind for kind in self.kinds.values() if kind is not None)):
-            one_of("constraint.kind", kind, [k for k in PROJECTIONS if k != "row_clip"])
+        kinds = {f"kinds.{pattern}": kind for pattern, kind in self.kinds.items()}
+        for name, kind in ({"kind": self.kind} | kinds).items():
+            if kind is not None:
+                one_of(f"constraint.{name}", kind, [k for k in PROJECTIONS if k != "row_clip"])
         positive("constraint.w_max", self.w_max)
         positive("constraint.power_iters", self.power_iters)
         one_of("constraint.dtype", self.dtype, DTYPES)
@@ -153,16 +155,26 @@ def longest_match(patterns: Mapping[str, T | None], name: str, default: T) -> T:
 
 def _check_gains(gains: Mapping[str, tuple[float, ...]], per_head: bool) -> None:
     if gains and not per_head:
-        raise ConfigError("constraint.head_gains: needs constraint.per_head=true")
+        raise ConfigError(
+            f"constraint.head_gains={dict(gains)}: needs constraint.per_head=true; add it"
+        )
     for pattern, values in gains.items():
-        if isinstance(values, (str, float, int)) or not values:
-            raise ConfigError(f"constraint.head_gains.{pattern}={values!r}: expected a list")
+        name = f"constraint.head_gains.{pattern}"
+        is_list = isinstance(values, (list, tuple)) and len(values) > 0
+        if not is_list or not all(type(value) in (int, float) for value in values):
+            raise ConfigError(
+                f"{name}={values!r}: expected a list of numbers, one per head; write a name with "
+                "dots as '+constraint.head_gains={NAME: [1, 1]}'"
+            )
         for value in values:
-            positive(f"constraint.head_gains.{pattern}", value)
+            positive(name, value)
 
 
 def _check_positive(field_name: str, patterns: Mapping[str, float | None]) -> None:
     for pattern, value in patterns.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ConfigError(f"{field_name}.{pattern}={value!r}: expected a number or null")
+            raise ConfigError(
+                f"{field_name}.{pattern}={value!r}: expected a number or null; write a name with "
+                f"dots as '+{field_name}={{NAME: 1}}'"
+            )
         positive(f"{field_name}.{pattern}", 1.0 if value is None else value)

@@ -204,6 +204,18 @@ def test_classifier_is_partitioned_too():
         (lambda: OptimConfig(target_factors={"up": "big"}), r"target_factors\.up='big'"),
         (lambda: Constraint(spectral_decay=1.5), r"spectral_decay=1\.5"),
         (lambda: Constraint(dtype="float16"), "bfloat16"),
+        (lambda: Constraint(kinds={"head": "sfot_cap"}), r"kinds\.head='sfot_cap'"),
+        (lambda: Constraint(head_gains={"value": (1.0, 1.0)}), r"per_head=true; add it"),
+        (
+            lambda: Constraint(per_head=True, head_gains={"value": ("a", "b")}),
+            r"head_gains\.value=\('a', 'b'\): expected a list of numbers",
+        ),
+        # What head_gains.layers.0.attention.value=[1, 1] on the command line becomes.
+        (
+            lambda: Constraint(per_head=True, head_gains={"layers": {0: {"attention": [1.0]}}}),
+            r"head_gains\.layers=.*write a name with dots as",
+        ),
+        (lambda: Constraint(caps={"layers": {0: 1.0}}), r"caps\.layers=.*name with dots as"),
         (lambda: Constraint(caps={"up": "big"}), r"caps\.up='big'"),
         (lambda: OptimConfig(matrices="sgd"), "matrices='sgd'"),
     ],
