@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from common.errors import ConfigError
 from common.images import Images
 
 
@@ -83,10 +84,18 @@ class ImageDataModule(L.LightningDataModule):
         batch_size: Training images per rank and batch.
         seed: Seed of the run.
         val_batch_size: Images per validation batch.
+
+    Raises:
+        ConfigError: for a batch larger than the training split.
     """
 
     def __init__(self, images: Images, batch_size: int, *, seed: int, val_batch_size: int):
         super().__init__()
+        if batch_size > len(images.train_NI):
+            raise ConfigError(
+                f"trainer.batch_size={batch_size}: expected at most the {len(images.train_NI)} "
+                "training images; lower it"
+            )
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.val_batch_size = val_batch_size
         self.consumed = 0

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 
 from common.bundle import load_bundle
 from common.errors import ConfigError
-from common.images import ImageConfig, load_images
+from common.images import ImageConfig, Images, load_images
 from common.metrics_file import read_metrics
 from common.norms import rms_norm_factor, spectral_norm
 from common.runs import Run, plain
@@ -177,7 +177,7 @@ def test_every_epoch_is_a_permutation():
         ("data=stdlib", "model=mlp: expected images"),
         ("model=nano", "images need an MLP"),
         ("model.hidden=[3]", "even"),
-        ("model.hidden=[0]", "sizes=0"),
+        ("model.hidden=[0]", "hidden=0"),
         ("+constraint.caps.haed=1", "haed"),
         ("constraint.caps.up=1", "'up' matches no matrix"),
         ("trainer.budget.target=2", r"trainer\.budget\.target=2: expected null"),
@@ -195,3 +195,16 @@ def test_bad_settings_stop_before_any_work(make_image_run, override, match):
         train(cfg, run)
     assert "\n" not in str(caught.value)
     assert list(run.directory.iterdir()) == []
+
+
+def test_a_batch_larger_than_the_split_is_refused():
+    """One line with the batch, the images and the remedy, instead of a smaller batch in silence."""
+    images = Images(
+        train_NI=torch.zeros(5, 4),
+        train_labels_N=torch.zeros(5, dtype=torch.int64),
+        val_NI=torch.zeros(1, 4),
+        val_labels_N=torch.zeros(1, dtype=torch.int64),
+        classes=2,
+    )
+    with pytest.raises(ConfigError, match="batch_size=6: expected at most the 5"):
+        ImageDataModule(images, 6, seed=0, val_batch_size=1)
