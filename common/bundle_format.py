@@ -151,8 +151,10 @@ def build_model(path: Path, data: bytes) -> LipschitzTransformer | LipschitzMLP:
             if kind == "transformer":
                 return LipschitzTransformer(ModelConfig.from_dict(content[kind]))
             return LipschitzMLP(**content["classifier"])
-    except (LipError, TypeError, KeyError) as error:
-        raise BundleError(f"{path / CONFIG}: {error}; restore the file") from None
+    except (LipError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        # The last two are torch's for sizes beyond any memory.
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"{path / CONFIG}: {reason}; restore the file") from None
 
 
 def fill_model(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -195,7 +197,7 @@ def parse_json(path: Path, name: str, contents: Mapping[str, bytes]) -> dict[str
     """Return the JSON object in ``contents[name]``; ``BundleError`` naming the file otherwise."""
     try:
         value = json.loads(contents[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / name}: not JSON ({error}); restore the file") from None
     if not isinstance(value, dict):
         raise BundleError(f"{path / name}: expected a JSON object; restore the file")

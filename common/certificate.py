@@ -277,7 +277,7 @@ def read_proof(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = safetensors.torch.load(path.read_bytes())
     except FileNotFoundError as error:
         raise CertificateError(f"{path}: no such file; run: lipllm certify bundle=...") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CertificateError(f"{path}: damaged ({error}); certify again") from error
     if not isinstance(content, dict):
         raise CertificateError(f"{directory / JSON_FILE}: not a certificate; certify again")

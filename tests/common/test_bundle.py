@@ -222,6 +222,21 @@ def test_planted_file_and_foreign_manifest_are_refused(path):
         load_bundle(path)
 
 
+def test_absurd_sizes_and_nesting_are_one_line(path):
+    """Oracle: files that are consistent with their hashes, but that no program wrote."""
+    config = json.loads((path / "config.json").read_text())
+    config["transformer"]["width"] = 4 * 10**12
+    (path / "config.json").write_text(json.dumps(config))
+    rehash(path)
+    with pytest.raises(BundleError, match=r"config\.json: .*restore") as caught:
+        load_bundle(path)
+    assert "\n" not in str(caught.value)
+    (path / "config.json").write_text("[" * 100_000)
+    rehash(path)
+    with pytest.raises(BundleError, match=r"config\.json: not JSON"):
+        load_bundle(path)
+
+
 @pytest.mark.parametrize("action", ["save", "extend"])
 def test_full_disk_leaves_the_old_bundle(path, monkeypatch, action):
     """Oracle: with ENOSPC at each flush in turn the old files are bit-identical, no rubbish."""
