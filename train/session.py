@@ -14,7 +14,7 @@ from torch import nn
 
 from common.bundle import save_bundle
 from common.certificate import Certificate
-from common.config import build
+from common.config import build, one_of
 from common.corpus import Corpus
 from common.ledger import Run
 from common.provenance import describe_training, portable_command
@@ -153,9 +153,16 @@ def store(
 
 
 def compiled(model: Any, settings: Settings) -> Any:
-    """Return the model, compiled in place where the settings ask for it."""
+    """Return the model, compiled in place where the settings ask for it.
+
+    Raises:
+        ConfigError: for a backend that torch does not have.
+    """
     if settings.trainer.compile:
-        model.compile(backend=settings.trainer.compile_backend)
+        backend = settings.trainer.compile_backend
+        # torch itself would say so only at the first step.
+        one_of("trainer.compile_backend", backend, torch.compiler.list_backends(exclude_tags=()))
+        model.compile(backend=backend)
     return model
 
 

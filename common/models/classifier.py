@@ -32,6 +32,8 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for width in self.hidden:
+            positive("model.hidden", width)
         check_sizes((2, *self.hidden, 2), self.activation)
 
     def build(self, inputs: int, classes: int) -> "LipschitzMLP":

@@ -91,6 +91,15 @@ def test_compiled_training_is_training(make_run):
         torch.testing.assert_close(compiled[name], value, rtol=ROUNDING, atol=ROUNDING)
 
 
+def test_unknown_compile_backend_stops_before_training(make_run):
+    """Oracle: torch's own list; torch itself says so at the first step, in a traceback."""
+    cfg, run = make_run("trainer.compile=true", "trainer.compile_backend=inductr")
+    with pytest.raises(ConfigError, match=r"compile_backend='inductr'.*inductor") as caught:
+        train(cfg, run)
+    assert "\n" not in str(caught.value)
+    assert not (run.directory / "bundle").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
