@@ -73,6 +73,12 @@ def _check_data(bundle: Bundle, data: Any, *, is_text: bool) -> None:
             f"data: {type(data).__name__} for a {bundle.kind}, expected "
             f"{'text' if is_text else 'images'}; choose another data=NAME"
         )
+    # Before the search, which may take minutes.
+    if data is not None and is_text and bundle.certificate is None:
+        raise CertificateError(
+            f"{bundle.path}: no certificate, expected one to compare attacks with; run: lipllm "
+            f"certify bundle={bundle.path}"
+        )
 
 
 def _lipschitz(bundle: Bundle, search: bounds.AttackSettings) -> dict[str, float]:
@@ -91,11 +97,6 @@ def _lipschitz(bundle: Bundle, search: bounds.AttackSettings) -> dict[str, float
 
 
 def _text(bundle: Bundle, data: DataConfig, settings: RobustnessSettings, seed: int) -> Evaluation:
-    if bundle.certificate is None:
-        raise CertificateError(
-            f"{bundle.path}: no certificate, expected one to compare attacks with; run: lipllm "
-            f"certify bundle={bundle.path}"
-        )
     bounds.verify(bundle)
     corpus = prepare_corpus(data, bundle.tokenizer)
     context = bundle.config.context

@@ -61,6 +61,10 @@ class RobustnessSettings:
             raise ConfigError(f"robustness.points={self.points}: expected at least 2")
         one_of("robustness.loss", self.loss, LOSSES)
         for name, options in (("norms", NORMS), ("domains", DOMAINS)):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"robustness.{name}=[]: expected at least one of {', '.join(options)}"
+                )
             for value in getattr(self, name):
                 one_of(f"robustness.{name}", value, options)
         for name in ("text_epsilons", "l2_epsilons", "linf_epsilons"):

@@ -14,6 +14,7 @@ from common.models import LipschitzMLP, LipschitzTransformer
 from common.report import ReportConfig, story_page
 from common.reporting.runs import read_story
 from common.tokenizer import ByteTokenizer, CharTokenizer
+from solvers import attack_app
 from solvers.bounds import certify
 
 CHEAP = (
@@ -106,9 +107,15 @@ def test_without_data_it_says_what_is_missing(bundle: Path, lipllm: Command) -> 
 
 
 def test_refusals_are_one_line(
-    tmp_path: Path, model: LipschitzTransformer, bundle: Path, text_file: Path, lipllm: Command
+    tmp_path: Path,
+    model: LipschitzTransformer,
+    bundle: Path,
+    text_file: Path,
+    lipllm: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Oracle: exit status 2 and the remedy: wrong kind of data, no certificate."""
+    """Oracle: exit status 2 and the remedy, before any search: wrong kind of data, no proof."""
+    monkeypatch.setattr(attack_app, "_lipschitz", None)
     save_bundle(tmp_path / "bare", model, ByteTokenizer())
     text = ("data=local", f"data.path={text_file}")
     for name, data, remedy in (

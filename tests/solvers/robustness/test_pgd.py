@@ -132,7 +132,9 @@ def test_a_vanishing_gradient_is_survived() -> None:
     ("field", "value"),
     [
         ("norms", ("l1",)),
+        ("norms", ()),
         ("domains", ("sphere",)),
+        ("domains", ()),
         ("loss", "hinge"),
         ("steps", 0),
         ("text_epsilons", (0.1, -0.1)),
