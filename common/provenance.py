@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
 from common.corpus import Corpus
 from common.ledger import versions
 
@@ -39,9 +41,17 @@ def portable(argument: str) -> str:
     return key + equals + (PurePath(value.replace("\\", "/")).name or ".")
 
 
-def portable_command(arguments: Sequence[str]) -> str:
-    """Return the command line ``lipllm ARGUMENTS`` without machine paths."""
-    return " ".join(["lipllm", *map(portable, arguments)])
+def portable_command(command: str, arguments: Sequence[str]) -> str:
+    """Return the command line ``lipllm COMMAND ARGUMENTS`` without machine paths.
+
+    Args:
+        command: Used unless Hydra knows the command that the user typed: a stage of a pipeline is
+            repeated by repeating the pipeline.
+        arguments: Its overrides.
+    """
+    if HydraConfig.initialized():
+        command = HydraConfig.get().job.name
+    return " ".join(["lipllm", command, *map(portable, arguments)])
 
 
 def describe_training(

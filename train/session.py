@@ -135,7 +135,7 @@ def store(
         certificate: Proof to store with the model.
         metrics: Final figures, kept with the model.
     """
-    bundle, command = run.directory / "bundle", portable_command(sys.argv[1:])
+    bundle, command = run.directory / "bundle", portable_command(run.command, sys.argv[1:])
     figures = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
     facts = {"config_hash": run.config_hash, "metrics": figures}
     history = describe_training(command=command, seed=settings.seed, corpus=corpus, facts=facts)

@@ -29,7 +29,7 @@ def test_paths_are_cut(argument, expected):
 def test_command_is_whole():
     """Oracle: every argument in order."""
     assert (
-        portable_command(["train", "seed=1", "data.path=/a/b"]) == "lipllm train seed=1 data.path=b"
+        portable_command("train", ["seed=1", "data.path=/a/b"]) == "lipllm train seed=1 data.path=b"
     )
 
 
