@@ -75,6 +75,9 @@ def _configuration(error: BaseException) -> str | None:
     if isinstance(error, omega.MissingMandatoryValue):
         key = getattr(error, "full_key", None) or str(error).rpartition(" ")[2]
         return f"{key} is not set: add {key}=VALUE"
+    _, is_ours, reason = str(error).partition("ConfigError raised while resolving interpolation: ")
+    if is_ours:
+        return reason.splitlines()[0]
     if isinstance(error, omega.InterpolationResolutionError | omega.ValidationError):
         return f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}: correct it"
     if isinstance(error, HydraException):

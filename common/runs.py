@@ -43,6 +43,8 @@ __all__ = ["Outcome", "Run", "SweepReport", "hydra_command", "plain"]
 
 ERROR_FILE = "error.txt"
 
+# Their directory is called what key ``name`` says, so that the same name continues.
+_NAMED = ("pipeline",)
 _NAME_LIMIT = 180  # file systems stop at 255 bytes
 
 
@@ -207,6 +209,8 @@ class SweepReport(Callback):
 def _run_directory(command: str, *, _root_: DictConfig) -> str:
     """Resolve ``hydra.run.dir``: an unfinished run of the same settings, or a new directory."""
     parent = Path("runs") / command
+    if command in _NAMED:
+        return _named_directory(parent, _root_.get("name"))
     config = _known_part(_root_)
     unfinished = None if config.get("force") else find_unfinished(parent, config_hash(config))
     if unfinished is not None:
@@ -214,6 +218,16 @@ def _run_directory(command: str, *, _root_: DictConfig) -> str:
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     names = [stamp, *(f"{stamp}-{count}" for count in range(1, 1000))]
     return str(next((parent / name for name in names if _is_new(parent / name)), parent / stamp))
+
+
+def _named_directory(parent: Path, name: Any) -> str:
+    path = Path(str(name))
+    if name is None or not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ConfigError(
+            f"name={name}: expected a folder's name below {parent}; for any other place use "
+            "hydra.run.dir=DIR"
+        )
+    return str(parent / path)
 
 
 def _is_new(directory: Path) -> bool:

@@ -185,3 +185,25 @@ def test_unknown_target_is_refused(target: str) -> None:
     """Oracle: one error type for a missing module and for a missing function."""
     with pytest.raises(ConfigError, match="expected module:function"):
         Stage(name="x", target=target, keys=()).body()
+
+
+@pytest.mark.parametrize("name", ["../..", "/tmp/elsewhere", "a/../../b", ".", "", "null"])
+def test_a_name_never_leads_out_of_the_folder(
+    lipllm: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    """Oracle: status 2, one line that names the value, nothing written."""
+    done = lipllm("pipeline", f"name={name}")
+    assert done.status == 2
+    start = f"lipllm: error: name={'None' if name == 'null' else name}: expected a folder's name"
+    assert done.err.startswith(start)
+    assert len(done.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_pipeline_leaves_nothing(lipllm: Callable[..., Any], tmp_path: Path) -> None:
+    """Oracle: an empty folder; no directory named by the time, as other commands have."""
+    done = lipllm("pipeline", "pipeline.stages=[]", "seed=-1")
+    assert done.status == 2
+    assert [
+        path.name for path in tmp_path.rglob("*") if path.name not in ("runs", "pipeline")
+    ] == []
