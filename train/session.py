@@ -161,7 +161,8 @@ def compiled(model: Any, settings: Settings) -> Any:
     if settings.trainer.compile:
         backend = settings.trainer.compile_backend
         # torch itself would say so only at the first step.
-        one_of("trainer.compile_backend", backend, torch.compiler.list_backends(exclude_tags=()))
+        if backend not in torch.compiler.list_backends(exclude_tags=()):
+            one_of("trainer.compile_backend", backend, torch.compiler.list_backends())
         model.compile(backend=backend)
     return model
 
