@@ -37,6 +37,8 @@ from common.ledger import (
 from common.runs import hydra_command, plain
 
 SHARED_KEYS = ("seed", "device")
+# What a pipeline cannot prune and serve.
+_OF_IMAGES = {"data": "common.images.ImageConfig", "model": "common.models.MLPConfig"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +130,7 @@ def pipeline(cfg: DictConfig, run: Run) -> Outcome:
         The metrics and artifacts of all stages under the names of the summary.
     """
     config = plain(cfg)
+    _refuse_images(config)
     stages = read_stages(config["pipeline"]["stages"])
     if is_worker_rank():
         return _join(stages, config, run)
@@ -148,6 +151,15 @@ def pipeline(cfg: DictConfig, run: Run) -> Outcome:
     for name, path in artifacts.items():
         console.print(f"{name}: {path}", soft_wrap=True)
     return Outcome(metrics=_metrics(stages, done), artifacts=artifacts)
+
+
+def _refuse_images(config: Mapping[str, Any]) -> None:
+    for key, target in _OF_IMAGES.items():
+        if (config.get(key) or {}).get("_target_") == target:
+            raise ConfigError(
+                f"{key}: {target} is for image classifiers, and a pipeline expects text: run "
+                "lipllm train, certify and attack one by one"
+            )
 
 
 def _stage_run(

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from common.certificate import Certificate
-from common.config import check_types, positive
+from common.config import check_types, positive, within
 from common.errors import CertificateError
 from common.models import LipschitzTransformer
 from solvers.bounds import certify
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 MARGIN = 1e-5
 # Rounding a rescaled head to bfloat16 may add this much to its norm, relative.
 ROUNDING = 4e-3
+# Below the first, float32 logits would say nothing.
+TARGETS = (1e-6, 1e12)
 _ATTEMPTS = 8
 # A head times less than this would lose digits to underflow, and predictions would change.
 _SMALLEST = 1e-30
@@ -50,6 +52,7 @@ class Budget:
         check_types(self)
         if self.target is not None:
             positive("trainer.budget.target", self.target)
+            within("trainer.budget.target", self.target, *TARGETS)
         positive("trainer.budget.every", self.every)
 
 

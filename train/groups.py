@@ -48,9 +48,15 @@ def parameter_groups(
     _check_patterns("optim.target_factors", optim.target_factors, matrices)
     for kind in sorted({constraint.kind_of(name) for name in capped}):
         if optim.matrices == "adamw" and PROJECTIONS[kind].needs_largest:
+            field, remedy = "kind", "constraint=exact_cap or another constraint"
+            if kind != constraint.kind:
+                field = next(
+                    f"kinds.{key}" for key, value in constraint.kinds.items() if value == kind
+                )
+                remedy = f"another one there, such as constraint.{field}=exact_cap"
             raise ConfigError(
-                f"constraint.kind={kind}: optim.matrices=adamw bounds no update norm; use "
-                "constraint=exact_cap or another constraint"
+                f"constraint.{field}={kind}: optim.matrices=adamw bounds no update norm; use "
+                f"{remedy}"
             )
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in names.items():

@@ -207,3 +207,16 @@ def test_a_refused_pipeline_leaves_nothing(lipllm: Callable[..., Any], tmp_path:
     assert [
         path.name for path in tmp_path.rglob("*") if path.name not in ("runs", "pipeline")
     ] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "target"),
+    [("data", "common.images.ImageConfig"), ("model", "common.models.MLPConfig")],
+)
+def test_image_classifiers_are_refused_before_the_first_stage(
+    start: Callable[..., Any], calls: list[tuple[str, bool]], key: str, target: str
+) -> None:
+    """One line with the remedy, and no stage has run."""
+    with pytest.raises(ConfigError, match=r"expects text.*one by one"):
+        start(**{key: {"_target_": target}})
+    assert calls == []

@@ -138,7 +138,9 @@ def test_the_proof_of_a_tightened_budget_is_stored(make_run):
     assert verify(bundle.model, bundle.certificate).tightened <= 0.02
 
 
-@pytest.mark.parametrize("settings", [{"target": 0.0}, {"target": -1.0}, {"every": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"target": 0.0}, {"target": -1.0}, {"target": 1e-300}, {"every": 0}]
+)
 def test_impossible_budgets_are_refused(settings):
     """A budget is positive and checked at least every step."""
     with pytest.raises(ConfigError, match=r"trainer\.budget"):

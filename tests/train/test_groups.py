@@ -244,7 +244,7 @@ def test_a_cap_for_what_the_model_lacks_is_an_error(model, constraint, match):
 def test_soft_cap_of_one_matrix_needs_muon_too():
     """Before training, whichever setting chose it."""
     constraint = Constraint(kind="stiefel", kinds={"head": "soft_cap"})
-    with pytest.raises(ConfigError, match=r"kind=soft_cap: optim\.matrices=adamw"):
+    with pytest.raises(ConfigError, match=r"kinds\.head=soft_cap: optim\.matrices=adamw"):
         parameter_groups(transformer(), OptimConfig(matrices="adamw"), constraint)
 
 
