@@ -113,6 +113,9 @@ def _public(tree: ast.Module | ast.ClassDef) -> Iterator[Any]:
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     for node in tree.body:
         if isinstance(node, kinds) and not node.name.startswith("_"):
+            # The signatures of an overloaded function are documented by the function itself.
+            if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+                continue
             yield node
             if isinstance(node, ast.ClassDef):
                 yield from _public(node)

@@ -51,7 +51,8 @@ def activation_maxima(model: LipschitzTransformer, tokens_BT: Tensor) -> dict[st
     for index, layer in enumerate(model.layers):
         for kind, block in (("attention", layer.attend_block), ("mlp", layer.mlp_block)):
             x_BTC = block(x_BTC)
-            maxima[f"train/act_max/{index}.{kind}"] = float(x_BTC.abs().max())
+            place = f"{index}.{kind}"
+            maxima[f"train/act_max/{place}"] = float(x_BTC.abs().max())
     return maxima | {"train/act_max/logits": float(model.logits(x_BTC).abs().max())}
 
 
