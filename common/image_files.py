@@ -6,9 +6,6 @@ uint8 or floats, colour last, and integer labels (N,).
 
 import io
 import logging
-import socket
-import urllib.parse
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -17,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from common.documents import require_host
 from common.errors import BackendError, DataError
 
 Part = tuple[np.ndarray, np.ndarray]
@@ -117,10 +115,7 @@ def read_hub(name: str) -> tuple[Part, Part]:
     datasets.disable_progress_bars()
     parts = []
     try:
-        # Without a name server the library would retry for half a minute, loudly.
-        host = urllib.parse.urlsplit(datasets.config.HF_ENDPOINT).hostname
-        if not datasets.config.HF_HUB_OFFLINE and not urllib.request.getproxies():
-            socket.getaddrinfo(host, None)
+        require_host(datasets.config.HF_ENDPOINT, offline=datasets.config.HF_HUB_OFFLINE)
         for split in ("train", "test"):
             parts.append(_decoded(datasets.load_dataset(name, split=split), name))
     except (DataError, BackendError):
@@ -142,8 +137,13 @@ def _decoded(rows: Iterable[dict[str, Any]], where: str) -> Part:
         if value is None or "label" not in row:
             found = ", ".join(row)
             raise DataError(f"{where}: expected columns img (or image) and label, found {found}")
+        if not isinstance(row["label"], int):
+            raise DataError(
+                f"{where}: label {row['label']!r}: expected a whole number; number the classes "
+                "from 0"
+            )
         images.append(np.asarray(_decode(value["bytes"]) if isinstance(value, dict) else value))
-        labels.append(int(row["label"]))
+        labels.append(row["label"])
     if not images or len({image.shape for image in images}) > 1:
         raise DataError(f"{where}: expected images of one size, found none or several sizes")
     return np.stack(images), np.asarray(labels)

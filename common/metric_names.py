@@ -112,7 +112,7 @@ FAMILIES: dict[str, str] = {
     "cert/block/": "Lipschitz constant of one residual block",
     "robust/certified_acc/": "Share of attacked inputs that is right and certified at a radius",
     "robust/fgsm_acc/": "Accuracy under one gradient step of a radius (estimate from above)",
-    "robust/pgd_acc/": "Accuracy under projected gradient descent at a radius (estimate)",
+    "robust/pgd_acc/": "Accuracy under projected descent at a radius (estimate from above)",
 }
 
 # The pipeline's summary shows the pruned model's figures beside the dense model's.

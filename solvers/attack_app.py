@@ -48,9 +48,8 @@ def attack(cfg: Any, run: Run) -> Outcome:
     bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
     is_text = isinstance(bundle.model, LipschitzTransformer)
     _check_data(bundle, data, is_text=is_text)
-    metrics: dict[str, float] = {}
     artifacts: dict[str, Path] = {}
-    metrics |= _lipschitz(bundle, search)
+    metrics = _lipschitz(bundle, search)
     best = metrics["attack/best"]
     if data is None:
         log.info(

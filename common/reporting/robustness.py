@@ -60,8 +60,9 @@ def _chart(content: Mapping[str, Any], norm: str) -> str:
     caption = (
         f"<b>Accuracy under perturbations, {_NORMS[norm]}.</b> {kind('proved')} Solid blue: right "
         f"and certified, on {content['inputs']:,} inputs. {kind('measured')} Orange: what is left "
-        f"after the best attack, on {points[0]['inputs']:,} of them; the true robust accuracy lies "
-        f"between. Without perturbation {percent(content['accuracy'])}."
+        f"after the best attack, on {points[0]['inputs']:,} inputs, of which the table has both: "
+        "the true robust accuracy lies between them. Without perturbation "
+        f"{percent(content['accuracy'])}."
     )
     shown = [one for one in series if one is not None]
     label = f"certified and attacked accuracy against the {norm} radius"

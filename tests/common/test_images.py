@@ -125,6 +125,19 @@ def test_npz_and_parquet_give_the_same_images(cifar, tmp_path):
             assert torch.equal(getattr(found, name), getattr(wanted, name)), (other, name)
 
 
+def test_labels_of_tables_are_whole_numbers(tmp_path):
+    """Oracle: a missing and a textual label are named in one line, before any image is decoded."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for label in (None, "cat"):
+        table = pa.table({"img": [{"bytes": b"", "path": "x.png"}], "label": [label]})
+        for split in ("train", "test"):
+            parquet.write_table(table, tmp_path / f"{split}.parquet")
+        with pytest.raises(DataError, match="expected a whole number") as caught:
+            load_images(ImageConfig(source="local", path=str(tmp_path)))
+        assert "\n" not in str(caught.value)
+
+
 def test_bad_image_files_are_named(tmp_path, cifar):
     """Oracle: one line with the path for each kind of damage; pickles are refused."""
     path, _ = cifar
