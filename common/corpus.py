@@ -90,7 +90,7 @@ class Corpus:
         return int(self.meta[f"{split}_tokens"])
 
     def tokens(self, split: Split) -> np.ndarray:
-        """Return the ids (N,) of ``train`` or ``val`` as a read-only memory map (uint8, uint16)."""
+        """Return the ids (N,) of ``train`` or ``val`` as a memory map (uint8, uint16, uint32)."""
         one_of("split", split, ("train", "val"))
         boundary = self.num_tokens("train")
         return self._ids[:boundary] if split == "train" else self._ids[boundary:]
