@@ -1,11 +1,12 @@
 """Commands ``certify``, ``verify``, ``attack`` (the bounds) and ``solve`` (the solvers)."""
 
+import dataclasses
 import logging
 import math
 import time
 from typing import Any
 
-from common.bundle import extend_bundle, load_bundle
+from common.bundle import Bundle, extend_bundle, load_bundle
 from common.classifier_certificate import AnyCertificate, ClassifierCertificate
 from common.config import build
 from common.runs import Outcome, Run, hydra_command
@@ -33,6 +34,7 @@ def certify(cfg: Any, run: Run) -> Outcome:
         result = bounds.attack(bundle.model, certificate, settings=settings.attacks(int(cfg.seed)))
         certificate = bounds.with_attack(certificate, result)
         metrics["cert/attack_seconds"] = time.perf_counter() - began
+    certificate = _with_best_attack(certificate, bundle)
     report = check(bundle.model.config, bundle.model.state_dict(), certificate)
     metrics["cert/verify_seconds"] = report.seconds
     extended = extend_bundle(
@@ -46,6 +48,14 @@ def certify(cfg: Any, run: Run) -> Outcome:
         artifacts={"bundle": extended.path},
         objective=certificate.log10_tightened,
     )
+
+
+def _with_best_attack(certificate: Any, bundle: Bundle) -> Any:
+    """Keep what an earlier search found; a void certificate is of other weights."""
+    stored = None if bundle.void is not None else bundle.certificate
+    if stored is None or (stored.attack or 0.0) <= (certificate.attack or 0.0):
+        return certificate
+    return dataclasses.replace(certificate, attack=stored.attack)
 
 
 def verify(cfg: Any, run: Run) -> Outcome:

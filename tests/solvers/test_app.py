@@ -1,5 +1,6 @@
 """Commands certify, verify and attack on bundles, honest and tampered with."""
 
+import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.bundle import load_bundle, save_bundle
+from common.bundle import extend_bundle, load_bundle, save_bundle
 from common.certificate import Certificate
 from common.models import LipschitzTransformer
 from common.tokenizer import ByteTokenizer
@@ -158,3 +159,16 @@ def test_bad_settings_are_refused(bundle: Path, lipllm: Command, override: str) 
     assert done.status == 2
     assert override.partition("=")[0].removeprefix("certify.") in done.err
     assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_certifying_again_keeps_the_larger_attack(certified: Path, lipllm: Command) -> None:
+    """Oracle: the stored figure of a longer search, set by hand below the bound."""
+    first = load_bundle(certified).certificate
+    assert first is not None
+    better = dataclasses.replace(first, attack=0.9 * first.tightened)
+    extend_bundle(certified, certificate=better)
+    done = lipllm("certify", f"bundle={certified}", *CHEAP)
+    assert _summary(done.out)["metrics"]["cert/attack"] == better.attack
+    again = load_bundle(certified).certificate
+    assert again is not None
+    assert again.attack == better.attack
