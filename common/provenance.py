@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-
 from common.corpus import Corpus
 from common.ledger import versions
 
@@ -42,15 +40,7 @@ def portable(argument: str) -> str:
 
 
 def portable_command(command: str, arguments: Sequence[str]) -> str:
-    """Return the command line ``lipllm COMMAND ARGUMENTS`` without machine paths.
-
-    Args:
-        command: Used unless Hydra knows the command that the user typed: a stage of a pipeline is
-            repeated by repeating the pipeline.
-        arguments: Its overrides.
-    """
-    if HydraConfig.initialized():
-        command = HydraConfig.get().job.name
+    """Return the command line ``lipllm COMMAND ARGUMENTS`` without machine paths."""
     return " ".join(["lipllm", command, *map(portable, arguments)])
 
 

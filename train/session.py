@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 
@@ -135,7 +136,9 @@ def store(
         certificate: Proof to store with the model.
         metrics: Final figures, kept with the model.
     """
-    bundle, command = run.directory / "bundle", portable_command(run.command, sys.argv[1:])
+    # A stage of a pipeline is repeated by repeating the pipeline that the user typed.
+    typed = HydraConfig.get().job.name if HydraConfig.initialized() else run.command
+    bundle, command = run.directory / "bundle", portable_command(typed, sys.argv[1:])
     figures = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
     facts = {"config_hash": run.config_hash, "metrics": figures}
     history = describe_training(command=command, seed=settings.seed, corpus=corpus, facts=facts)
