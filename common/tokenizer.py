@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -49,7 +50,7 @@ class Tokenizer(Protocol):
         """Return what ``tokenizer_from_json`` needs, as plain JSON values."""
 
 
-class _TableTokenizer:
+class _TableTokenizer(ABC):
     """Decoding through a table of byte strings, shared by all kinds."""
 
     kind: str
@@ -60,9 +61,9 @@ class _TableTokenizer:
         self._table = tuple(table)
         self.vocab_size = len(self._table)
 
+    @abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
         """Return the ids (T,) of ``text``, int64."""
-        raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return ``encode`` of every text."""
