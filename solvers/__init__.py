@@ -12,9 +12,9 @@ from solvers.iterate import iterate as iterate
 from solvers.iterate import make_solver as make_solver
 from solvers.iterate import solve as solve
 from solvers.library import standard_problem as standard_problem
+from solvers.oracle import Oracle as Oracle
 from solvers.problem import FiniteSumInclusion as FiniteSumInclusion
 from solvers.problem import Inclusion as Inclusion
-from solvers.problem import Oracle as Oracle
 from solvers.problem import fixed_point as fixed_point
 from solvers.solution import Result as Result
 from solvers.solution import Status as Status

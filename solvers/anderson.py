@@ -15,7 +15,7 @@ from common.config import within
 from common.errors import ConfigError
 from solvers.halpern import Halpern, HalpernState
 from solvers.iterate import register
-from solvers.problem import Oracle
+from solvers.oracle import Oracle
 
 
 @register

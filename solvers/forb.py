@@ -11,7 +11,7 @@ from torch import Tensor
 from common.config import check_types, positive, within
 from solvers.extragradient import MonotoneState, advance, first_state, slope_holds
 from solvers.iterate import register
-from solvers.problem import Oracle
+from solvers.oracle import Oracle
 from solvers.solution import Status
 
 _MAX_DOUBLINGS = 40

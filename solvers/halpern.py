@@ -14,8 +14,9 @@ from torch import Tensor
 from common.config import check_types, positive, within
 from common.errors import ConfigError
 from solvers.iterate import State, register
-from solvers.problem import Oracle, inner, norm
+from solvers.oracle import Oracle
 from solvers.solution import Status
+from solvers.structure import inner, norm
 
 _NOISE_UNITS = 16.0  # rounding allowance of the cocoercivity test, in units of eps
 _NEGATIVE = 1e-10  # relative size of an inner product that counts as negative

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from common.config import one_of, positive
 from common.errors import ConfigError
-from solvers.problem import Oracle, Problem, norm
+from solvers.oracle import Oracle
+from solvers.problem import Problem
 from solvers.solution import Result, Status, TracePoint
+from solvers.structure import Value, norm
 
 _FLOOR_UNITS = 4.0  # rounding floor of a residual in units of eps * L * |u|
 
@@ -85,7 +87,7 @@ def iterate(
     problem: Problem,
     solver: Solver,
     *,
-    start: Tensor | None = None,
+    start: Value | None = None,
     atol: float = 1e-6,
     rtol: float = 0.0,
     max_iterations: int = 100_000,
@@ -118,7 +120,8 @@ def iterate(
     positive("max_iterations", max_iterations, zero=True)
     began = time.perf_counter()
     oracle = Oracle(problem)
-    state = solver.init(oracle, problem.start if start is None else start)
+    first = oracle.structure.pack(problem.start if start is None else start, "start")
+    state = solver.init(oracle, first)
     run = _Run(oracle, state, atol + rtol * state.residual)
     while (status := run.verdict(state, max_iterations, max_calls, callback)) is None:
         state = solver.step(oracle, state)
@@ -257,7 +260,7 @@ class _Run:
     def result(self, status: Status, state: State, method: str, seconds: float) -> Result:
         """Assemble the result at the best point."""
         return Result(
-            value=self.best.point,
+            value=self.oracle.structure.unpack(self.best.point),
             residual=self.certify(self.best),
             status=status,
             method=method,

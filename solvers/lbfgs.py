@@ -17,8 +17,9 @@ from torch import Tensor
 from common.config import check_types
 from common.errors import ConfigError
 from solvers.iterate import State, register
-from solvers.problem import Oracle, inner, norm
+from solvers.oracle import Oracle
 from solvers.solution import Status
+from solvers.structure import inner, norm
 
 _UPPER = 0.8  # accepted slope above zero, relative to the first slope
 _LOWER = 0.9  # accepted slope below zero

@@ -2,9 +2,7 @@
 
 import enum
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from common.errors import ConvergenceError
 
@@ -49,7 +47,7 @@ class Result:
         trace: One point per iteration.
     """
 
-    value: Tensor
+    value: Any
     residual: float
     status: Status
     method: str
