@@ -1,22 +1,14 @@
-"""Windows of a token memory map as a stateful Lightning DataModule.
+"""Windows of a token memory map, by number: random ones to train on, spread ones to validate."""
 
-Batch k of rank r out of W is number ``k W + r`` of one sequence, each a pure function of the seed
-and its number. Resuming needs the counter alone, neither worker processes nor prefetching can
-change what is trained on, and W ranks see what one process sees that accumulates W batches.
-"""
+# Legend: N windows or tokens, B batch, T token position.
 
-# Legend: B batch, T token position.
-
-from collections.abc import Iterator
-from typing import Any
-
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader
 
 from common.corpus import Corpus
+from train.batch_stream import StreamDataModule
 
 
 def window_batch(
@@ -39,46 +31,13 @@ def window_batch(
     return torch.from_numpy(ids[starts_B1 + np.arange(context + 1)].astype(np.int64))
 
 
-class Windows(IterableDataset):
-    """The endless stream of training batches of one rank, starting at any batch number."""
-
-    def __init__(
-        self,
-        ids: np.ndarray,
-        context: int,
-        batch_size: int,
-        *,
-        seed: int,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.ids, self.context, self.batch_size = ids, context, batch_size
-        self.seed, self.first, self.rank, self.world = seed, first, rank, world
-
-    def __iter__(self) -> Iterator[Tensor]:
-        index = self.first
-        while True:
-            yield window_batch(
-                self.ids,
-                self.context,
-                self.batch_size,
-                seed=self.seed,
-                index=index * self.world + self.rank,
-            )
-            index += 1
-
-
-class TokenDataModule(L.LightningDataModule):
+class TokenDataModule(StreamDataModule):
     """Random training windows and disjoint validation windows of a corpus.
-
-    ``consumed`` counts training batches of one rank and is saved with checkpoints; the training
-    step advances it, so that batches which were only prefetched are not lost on resume.
 
     Args:
         corpus: The prepared corpus.
         context: Inputs per window.
-        batch_size: Training windows per batch.
+        batch_size: Training windows per rank and batch.
         seed: Seed of the run.
         val_windows: Validation windows during training, spread evenly over the split.
         val_batch_size: Windows per validation batch.
@@ -101,52 +60,20 @@ class TokenDataModule(L.LightningDataModule):
         corpus.require(context)
         self.corpus, self.context, self.batch_size, self.seed = corpus, context, batch_size, seed
         self.val_windows, self.val_batch_size = val_windows, val_batch_size
-        self.consumed = 0
+        self._train_ids = corpus.tokens("train")
 
     @property
     def tokens_per_batch(self) -> int:
         """Trained positions in one batch of one rank."""
         return self.batch_size * self.context
 
-    def train_dataloader(self) -> DataLoader:
-        """Return the stream of batches (B, T + 1) that continues after the consumed ones."""
-        stream = Windows(
-            self.corpus.tokens("train"),
-            self.context,
-            self.batch_size,
-            seed=self.seed,
-            first=self.consumed,
-            rank=self.trainer.global_rank if self.trainer is not None else 0,
-            world=self._world,
+    def batch(self, index: int) -> Tensor:
+        """Return ids (B, T + 1), int64, of training batch ``index``."""
+        return window_batch(
+            self._train_ids, self.context, self.batch_size, seed=self.seed, index=index
         )
-        return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the batches of validation windows, sharded by rank where there are enough."""
+        """Return batches (B, T + 1) of validation windows in order, this rank's share of them."""
         windows_NT = self.corpus.windows("val", self.context, self.val_windows)
-        # A rank without any window would log nothing, and the others would wait for it.
-        if self.trainer is not None and len(windows_NT) >= self.trainer.world_size:
-            windows_NT = windows_NT[self.trainer.global_rank :: self.trainer.world_size]
-        return window_loader(windows_NT, self.val_batch_size)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of consumed training batches per rank, and of ranks."""
-        return {"consumed": self.consumed, "world": self._world}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after that many batches, also with another number of ranks."""
-        self.consumed = int(state_dict["consumed"]) * state_dict.get("world", 1) // self._world
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
-
-
-def window_loader(windows_NT: Tensor, batch_size: int) -> DataLoader:
-    """Return a loader of batches (B, T + 1) over windows (N, T + 1), in order."""
-    dataset = TensorDataset(windows_NT)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=_first_column)
-
-
-def _first_column(items: list[tuple[Tensor, ...]]) -> Tensor:
-    return torch.stack([item[0] for item in items])
+        return DataLoader(self.shared_out(windows_NT), batch_size=self.val_batch_size)

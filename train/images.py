@@ -85,7 +85,7 @@ def train_images(
     metrics |= {
         "train/params": model.num_parameters,
         "train/steps": trainer.global_step,
-        "train/images_seen": data.consumed * trainer.world_size * data.images_per_batch,
+        "train/images_seen": data.consumed * trainer.world_size * data.batch_size,
         "train/images_per_s": progress.tokens_per_s,
     }
     log_final(trainer, metrics)

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.metrics_logger import MetricsLogger
+from train.batch_stream import StreamDataModule
 from train.callbacks import Certify, Progress
-from train.data import Windows
+from train.data import window_batch
 from train.groups import Constraint, OptimConfig, optimizer_defaults, parameter_groups
 from train.loop import build_trainer, quiet
 from train.module import LipschitzModule
@@ -29,18 +30,18 @@ WARMUP, STEPS, TINY_STEPS = 2, 4, 200
 CERTIFICATE_EVERY = 20  # steps, as in conf/callbacks
 
 
-class Data(L.LightningDataModule):
+class Data(StreamDataModule):
     """Random windows of random characters."""
 
     def __init__(self, ids: np.ndarray, context: int, batch_size: int) -> None:
         super().__init__()
-        self.stream, self.consumed = Windows(ids, context, batch_size, seed=0), 0
+        self.ids, self.context, self.batch_size = ids, context, batch_size
 
-    def train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Return the endless stream."""
-        return torch.utils.data.DataLoader(self.stream, batch_size=None)
+    def batch(self, index: int) -> torch.Tensor:
+        """Return the windows of a batch."""
+        return window_batch(self.ids, self.context, self.batch_size, seed=0, index=index)
 
-    val_dataloader = train_dataloader  # never read: val_every=0
+    val_dataloader = StreamDataModule.train_dataloader  # never read: val_every=0
 
 
 class Stopwatch(L.Callback):

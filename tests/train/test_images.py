@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,22 +154,43 @@ def test_position_survives_another_number_of_ranks():
 
 
 def test_every_epoch_is_a_permutation():
-    """Oracle: all images once per epoch, over all ranks, in another order each time."""
-    size, world = 5, 2
+    """Oracle: all images once per epoch, in another order each time."""
     epochs = [
-        torch.cat(
-            [
-                image_indices(20, size, seed=1, index=2 * epoch + k, rank=rank, world=world)
-                for k in range(2)
-                for rank in range(world)
-            ]
-        )
+        torch.cat([image_indices(20, 5, seed=1, index=4 * epoch + k) for k in range(4)])
         for epoch in range(2)
     ]
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(20))
     assert not torch.equal(*epochs)
-    assert len(image_indices(3, 8, seed=0, index=5)) == 3
+
+
+def test_the_incomplete_batch_of_an_epoch_is_dropped():
+    """Oracle: 8 of 20 images fit twice, so that batch 2 is the first of the next epoch."""
+    batches = [image_indices(20, 8, seed=1, index=index) for index in range(3)]
+    assert [len(batch) for batch in batches] == [8, 8, 8]
+    assert len(set(torch.cat(batches[:2]).tolist())) == 16
+    again = image_indices(20, 20, seed=1, index=1)[:8]
+    assert torch.equal(batches[2], again)
+
+
+def test_ranks_share_out_an_epoch():
+    """Oracle: one process; two ranks see the same batches in turn, and split the validation."""
+    images = load_images(ImageConfig())
+    alone = take(ImageDataModule(images, 8, seed=0, val_batch_size=8), 4)
+    seen = 0
+    for rank in (0, 1):
+        data = ImageDataModule(images, 8, seed=0, val_batch_size=8)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        for expected, batch in zip(alone[rank::2], take(data, 2), strict=True):
+            assert all(map(torch.equal, expected, batch))
+        seen += sum(len(labels_B) for _, labels_B in data.val_dataloader())
+    assert seen == len(images.val_NI)
+
+
+def take(data, count):
+    """The first batches of a fresh loader."""
+    stream = iter(data.train_dataloader())
+    return [next(stream) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
