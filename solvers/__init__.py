@@ -5,6 +5,8 @@ from solvers import extragradient as _extragradient
 from solvers import forb as _forb
 from solvers import halpern as _halpern
 from solvers import lbfgs as _lbfgs
+from solvers.bilinear import bilinear_sum as bilinear_sum
+from solvers.finite_sum import FiniteSumInclusion as FiniteSumInclusion
 from solvers.iterate import SOLVERS as SOLVERS
 from solvers.iterate import Solver as Solver
 from solvers.iterate import continuation as continuation
@@ -13,7 +15,6 @@ from solvers.iterate import make_solver as make_solver
 from solvers.iterate import solve as solve
 from solvers.library import standard_problem as standard_problem
 from solvers.oracle import Oracle as Oracle
-from solvers.problem import FiniteSumInclusion as FiniteSumInclusion
 from solvers.problem import Inclusion as Inclusion
 from solvers.problem import fixed_point as fixed_point
 from solvers.solution import Result as Result

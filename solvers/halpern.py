@@ -99,7 +99,7 @@ class Halpern:
         for _ in range(_MAX_DOUBLINGS):
             point = weight * state.anchor + (1 - weight) * mapped
             value = oracle.full(point)
-            holds, failure = _judge(state.iterate, state.value, point, value, lipschitz)
+            holds, failure = cocoercivity_holds(state.iterate, state.value, point, value, lipschitz)
             if holds:
                 following = self._state(oracle, point, value, lipschitz, state.anchor)
                 return replace(
@@ -192,7 +192,7 @@ class RestartedHalpern(Halpern):
         return replace(fresh, reference=fresh.residual, restarts=state.restarts + 1)
 
 
-def _judge(
+def cocoercivity_holds(
     old: Tensor, old_value: Tensor, new: Tensor, new_value: Tensor, lipschitz: float
 ) -> tuple[bool, Status | None]:
     """Test ``<dF, du> >= |dF|^2 / L`` between two points.

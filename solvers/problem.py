@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.config import positive
-from common.errors import ConfigError, ShapeError
+from common.errors import ConfigError
+from solvers.finite_sum import FiniteSumInclusion
 from solvers.structure import Value, check_start
 
 Map = Callable[[Any], Any]  # from a value like the start to one of the same structure
@@ -60,59 +60,6 @@ class Inclusion:
     def full(self, point: Value) -> Any:
         """Return ``F(point)``."""
         return self.operator(point)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FiniteSumInclusion:
-    """``F = (1/N) sum_i F_i`` with components that can be sampled.
-
-    Attributes:
-        components: ``components(z, index_N, weight_N)`` returns ``sum_j weight_j F_index_j(z)``;
-            ``index`` int64 and ``weight`` (dtype of ``start``), both of shape (number drawn,).
-        num_components: N, at least 1.
-        start: First point and anchor.
-        resolvent: As in :class:`Inclusion`.
-        lipschitz_bound: L of the mean operator F.
-        lipschitz_est: A guess of the same.
-        component_lipschitz: (N,) constants ``L_i`` of the components, for importance sampling.
-        cocoercive: As in :class:`Inclusion`.
-
-    Raises:
-        ConfigError: for constants that are negative or not finite, or ``num_components < 1``.
-        ShapeError: for a start that is not a floating tensor, or constants of the wrong length.
-    """
-
-    components: Callable[[Tensor, Tensor, Tensor], Tensor]
-    num_components: int
-    start: Tensor
-    resolvent: Resolvent | None = None
-    lipschitz_bound: float | None = None
-    lipschitz_est: float | None = None
-    component_lipschitz: Tensor | None = None
-    cocoercive: bool | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse constants and starting points that no theory covers."""
-        for name in ("lipschitz_bound", "lipschitz_est"):
-            if (value := getattr(self, name)) is not None:
-                positive(name, value, zero=True)
-        if self.num_components < 1:
-            raise ConfigError(f"num_components={self.num_components}: expected at least 1")
-        check_start(self.start)
-        if (constants := self.component_lipschitz) is not None:
-            if constants.shape != (self.num_components,):
-                raise ShapeError(
-                    f"component_lipschitz: expected ({self.num_components},), "
-                    f"got {tuple(constants.shape)}; give one constant per component"
-                )
-            if not bool(torch.isfinite(constants).all() and (constants >= 0).all()):
-                raise ConfigError("component_lipschitz: expected finite constants of at least 0")
-
-    def full(self, point: Any) -> Any:
-        """Return the mean over all components at ``point``."""
-        index_N = torch.arange(self.num_components, device=self.start.device)
-        weight_N = self.start.new_full((self.num_components,), 1 / self.num_components)
-        return self.components(point, index_N, weight_N)
 
 
 Problem = Inclusion | FiniteSumInclusion
