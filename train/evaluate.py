@@ -1,6 +1,6 @@
-"""Validation figures of a language model: loss, bits per byte, next-token accuracy."""
+"""Validation figures of a model: loss, bits per byte, share of right answers."""
 
-# Legend: N windows, B batch, T token position, V vocabulary.
+# Legend: N examples (windows or images), B batch, T token position, V classes or vocabulary.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -13,35 +13,43 @@ from torch import Tensor, nn
 REFERENCE_WINDOWS = 20 * 64
 
 
-def next_token_loss(model: nn.Module, batch_BT: Tensor) -> Tensor:
-    """Return the mean loss (nats per token) of a batch (B, T + 1) of inputs and next tokens."""
-    return F.cross_entropy(model(batch_BT[:, :-1]).float().flatten(0, 1), batch_BT[:, 1:].flatten())
+def inputs_and_targets(windows_NT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inputs (N, T) and their next tokens (N, T) of windows (N, T + 1), as views."""
+    return windows_NT[:, :-1], windows_NT[:, 1:]
 
 
-def loss_and_hits(model: nn.Module, batch_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean loss (nats per token) and the share of right top-1 predictions.
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy (nats) of logits (..., V) for targets (...), in float32."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+def loss_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean loss (nats) and the share of right top-1 predictions.
 
     Args:
-        model: Tokens (B, T) to logits (B, T, V).
-        batch_BT: Ids (B, T + 1): inputs and their next tokens.
+        logits: Floating (..., V).
+        targets: Right answers (...), int64.
     """
-    logits_BTV = model(batch_BT[:, :-1]).float()
-    targets_BT = batch_BT[:, 1:]
-    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
-    hits = (logits_BTV.argmax(dim=-1) == targets_BT).float().mean()
-    return loss, hits
+    logits = logits.float()
+    return mean_loss(logits, targets), (logits.argmax(dim=-1) == targets).float().mean()
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, windows_NT: Tensor, batch_size: int, *, autocast: bool = False
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    batch_size: int,
+    *,
+    autocast: bool = False,
 ) -> tuple[float, float]:
-    """Return loss (nats per token) and top-1 accuracy over windows.
+    """Return the mean loss (nats per target) and the share of right answers.
 
     Args:
-        model: Tokens (B, T) to logits (B, T, V); its mode is left alone.
-        windows_NT: Ids (N, T + 1).
-        batch_size: Windows per forward pass.
+        model: Inputs (B, ...) to logits (..., V); its mode is left alone.
+        inputs: Tokens (N, T) or pixels (N, I).
+        targets: Next tokens (N, T) or labels (N,).
+        batch_size: Examples per forward pass.
         autocast: Run the forward pass in bfloat16.
     """
     device = next(model.parameters()).device
@@ -50,11 +58,13 @@ def evaluate(
         precision = torch.autocast(device.type, dtype=torch.bfloat16)
     nats = hits = 0.0
     with precision:
-        for batch_BT in windows_NT.split(batch_size):
-            loss, share = loss_and_hits(model, batch_BT.to(device))
-            nats += loss.item() * len(batch_BT)
-            hits += share.item() * len(batch_BT)
-    return nats / len(windows_NT), hits / len(windows_NT)
+        for start in range(0, len(inputs), batch_size):
+            batch = slice(start, start + batch_size)
+            expected = targets[batch].to(device)
+            loss, share = loss_and_hits(model(inputs[batch].to(device)), expected)
+            nats += loss.item() * len(expected)
+            hits += share.item() * len(expected)
+    return nats / len(inputs), hits / len(inputs)
 
 
 def reference_windows(ids: Tensor, context: int) -> Tensor:

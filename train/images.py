@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from common.ledger import Outcome, Run
 from common.models import LipschitzMLP, MLPConfig
 from solvers.bounds import certify
 from train.callbacks import Certify, Checkpoint, Progress
+from train.evaluate import evaluate, loss_and_hits, mean_loss
 from train.groups import parameter_groups
 from train.image_data import ImageDataModule
 from train.init import initialise
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # Validation images on which the largest activation is measured.
 PROBE_IMAGES = 256
+# Training images per forward pass of the last figures.
+READ_AT_ONCE = 1024
 
 
 def train_images(
@@ -131,14 +133,16 @@ class ImageModule(ConstrainedModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean loss (nats per image) of a batch and count the batch."""
-        loss, _ = loss_and_hits(self.model, *batch)
+        x_BI, labels_B = batch
+        loss = mean_loss(self.model(x_BI), labels_B)
         self.trainer.datamodule.consumed += 1
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Accumulate loss and accuracy of a batch."""
-        loss, hits = loss_and_hits(self.evaluated, *batch)
-        options: dict[str, Any] = {"batch_size": len(batch[0]), "sync_dist": True, "logger": False}
+        x_BI, labels_B = batch
+        loss, hits = loss_and_hits(self.evaluated(x_BI), labels_B)
+        options: dict[str, Any] = {"batch_size": len(x_BI), "sync_dist": True, "logger": False}
         self.log("train/val_loss_nats", loss, **options)
         self.log("train/val_acc_full", hits, prog_bar=True, **options)
 
@@ -152,27 +156,6 @@ class ImageProgress(Progress):
     def amount(self, batch: Any) -> int:
         """Return the images in a batch of one rank."""
         return len(batch[0])
-
-
-def loss_and_hits(model: Any, x_BI: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy (nats per image) and the share of right answers."""
-    logits_BV = model(x_BI).float()
-    hits = (logits_BV.argmax(dim=-1) == labels_B).float().mean()
-    return F.cross_entropy(logits_BV, labels_B), hits
-
-
-@torch.no_grad()
-def evaluate_images(
-    model: LipschitzMLP, x_NI: Tensor, labels_N: Tensor, batch_size: int = 1024
-) -> tuple[float, float]:
-    """Return loss (nats per image) and accuracy over all images (N, I), in float32."""
-    device = next(model.parameters()).device
-    nats = hits = 0.0
-    for x_BI, labels_B in zip(x_NI.split(batch_size), labels_N.split(batch_size), strict=True):
-        loss, share = loss_and_hits(model, x_BI.to(device), labels_B.to(device))
-        nats += loss.item() * len(x_BI)
-        hits += share.item() * len(x_BI)
-    return nats / len(x_NI), hits / len(x_NI)
 
 
 @torch.no_grad()
@@ -192,8 +175,8 @@ def _maxima(images_NI: Tensor, model: LipschitzMLP) -> dict[str, float]:
 
 def _final_metrics(model: LipschitzMLP, images: Images, settings: Settings) -> dict[str, float]:
     size = settings.trainer.val_batch_size
-    nats, accuracy = evaluate_images(model, images.val_NI, images.val_labels_N, size)
-    _, train_accuracy = evaluate_images(model, images.train_NI, images.train_labels_N)
+    nats, accuracy = evaluate(model, images.val_NI, images.val_labels_N, size)
+    _, train_accuracy = evaluate(model, images.train_NI, images.train_labels_N, READ_AT_ONCE)
     return {
         "train/val_loss_nats": nats,
         "train/val_acc_full": accuracy,

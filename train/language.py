@@ -20,7 +20,7 @@ from train.budget import KeepBudget, enforce
 from train.callbacks import Certify, Checkpoint, Progress, Sample
 from train.cost import Cost, flops_per_token
 from train.data import TokenDataModule
-from train.evaluate import bits_per_byte, evaluate, reference_windows
+from train.evaluate import bits_per_byte, evaluate, inputs_and_targets, reference_windows
 from train.groups import parameter_groups
 from train.init import freeze_unused, initialise, initialise_biases
 from train.margins import MARGINS_FILE, MOST_POSITIONS, text_margins
@@ -159,10 +159,11 @@ def _final_metrics(
     loop, context = settings.trainer, model.config.context
     autocast = loop.precision == "bf16-mixed"
     windows_NT = corpus.windows("val", context, loop.final_windows)
-    nats, full = evaluate(model, windows_NT, loop.val_batch_size, autocast=autocast)
+    size = loop.val_batch_size
+    nats, full = evaluate(model, *inputs_and_targets(windows_NT), size, autocast=autocast)
     ids = torch.from_numpy(corpus.tokens("val")[: context + 2048].astype(np.int64))
     overlapping_NT = reference_windows(ids, context)
-    _, reference = evaluate(model, overlapping_NT, loop.val_batch_size, autocast=autocast)
+    _, reference = evaluate(model, *inputs_and_targets(overlapping_NT), size, autocast=autocast)
     return {
         "train/val_loss_nats": nats,
         "train/val_bits_per_byte": bits_per_byte(nats, corpus.bytes_per_token),

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.models import LipschitzTransformer
-from train.evaluate import bits_per_byte, loss_and_hits, next_token_loss
+from train.evaluate import bits_per_byte, inputs_and_targets, loss_and_hits, mean_loss
 from train.groups import Constraint, OptimConfig, optimizer_defaults, parameter_groups
 from train.schedules import Schedule
 from train.sharding import ShardedMuon
@@ -144,13 +144,15 @@ class LipschitzModule(ConstrainedModule):
 
     def training_step(self, batch_BT: Tensor, batch_idx: int) -> Tensor:
         """Return the mean loss (nats per token) of a batch (B, T + 1) and count the batch."""
-        loss = next_token_loss(self.model, batch_BT)
+        inputs_BT, targets_BT = inputs_and_targets(batch_BT)
+        loss = mean_loss(self.model(inputs_BT), targets_BT)
         self.trainer.datamodule.consumed += 1
         return loss
 
     def validation_step(self, batch_BT: Tensor, batch_idx: int) -> None:
         """Accumulate loss and accuracy of a batch (B, T + 1)."""
-        loss, hits = loss_and_hits(self.evaluated, batch_BT)
+        inputs_BT, targets_BT = inputs_and_targets(batch_BT)
+        loss, hits = loss_and_hits(self.evaluated(inputs_BT), targets_BT)
         options: dict[str, Any] = {"batch_size": len(batch_BT), "sync_dist": True, "logger": False}
         bits = bits_per_byte(1.0, self.bytes_per_token) * loss
         self.log("train/val_loss_nats", loss, **options)

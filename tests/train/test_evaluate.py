@@ -9,7 +9,9 @@ from train.evaluate import (
     REFERENCE_WINDOWS,
     bits_per_byte,
     evaluate,
+    inputs_and_targets,
     loss_and_hits,
+    mean_loss,
     reference_windows,
 )
 
@@ -32,18 +34,25 @@ class Shift(torch.nn.Module):
 def test_loss_and_hits_of_a_known_distribution():
     """Oracle: closed form of the softmax with one logit ``margin`` above the others."""
     batch = torch.tensor([[0, 1, 2, 0]])
-    loss, hits = loss_and_hits(Shift(2.0), batch)
+    loss, hits = loss_and_hits(Shift(2.0)(batch[:, :-1]), batch[:, 1:])
     norm = math.log(math.exp(2) + VOCABULARY - 1)
     assert loss.item() == pytest.approx(((norm - 2) * 2 + norm) / 3)
     assert hits.item() == pytest.approx(2 / 3)
 
 
+def test_mean_loss_of_labels():
+    """Oracle: the softmax written out; one label per row, logits in half precision."""
+    logits_NV = torch.tensor([[2.0, 0.0], [1.0, 3.0]]).bfloat16()
+    expected = math.log(1 + math.exp(-2))
+    assert mean_loss(logits_NV, torch.tensor([0, 1])).item() == pytest.approx(expected)
+
+
 def test_evaluate_weighs_the_last_short_batch_correctly():
     """Oracle: one batch of everything."""
-    windows = torch.randint(0, VOCABULARY, (7, 6))
+    data = inputs_and_targets(torch.randint(0, VOCABULARY, (7, 6)))
     model = Shift(1.5)
-    whole = evaluate(model, windows, 7)
-    assert evaluate(model, windows, 3) == pytest.approx(whole)
+    whole = evaluate(model, *data, 7)
+    assert evaluate(model, *data, 3) == pytest.approx(whole)
 
 
 def test_reference_windows_overlap_and_stop():

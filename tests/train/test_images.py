@@ -17,8 +17,8 @@ from common.runs import Run, plain
 from solvers.bounds import certify, verify
 from train import callbacks
 from train.app import train
+from train.evaluate import evaluate
 from train.image_data import ImageDataModule, image_indices
-from train.images import evaluate_images
 
 # float32 rounding on top of a cap.
 CAP_SLACK = 1e-5
@@ -61,7 +61,7 @@ def test_digits_are_learnt_under_the_cap(make_image_run):
     for linear in bundle.model.linears:
         assert rms_norm_factor(linear.weight) * spectral_norm(linear.weight) <= 2 * (1 + CAP_SLACK)
     images = load_images(ImageConfig())
-    _, accuracy = evaluate_images(bundle.model, images.val_NI, images.val_labels_N)
+    _, accuracy = evaluate(bundle.model, images.val_NI, images.val_labels_N, 100)
     assert accuracy == pytest.approx(metrics["train/val_acc_full"])
     certificate = certify(bundle.model)
     assert certificate.naive == pytest.approx(metrics["cert/naive"])
