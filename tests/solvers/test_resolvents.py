@@ -42,6 +42,7 @@ STEPS = (0.1, 1.0, 10.0)
 
 
 def points(name, count=8, scale=3.0, dtype=torch.float64):
+    """Return random points of the shape that a resolvent expects."""
     g = torch.Generator().manual_seed(len(name))
     shape = (3, 4) if name in ("simplex_rows", "spectral_ball") else (12,)
     return [scale * torch.randn(*shape, generator=g, dtype=dtype) for _ in range(count)]

@@ -1,0 +1,234 @@
+"""Bilinear saddle points ``min_x max_y g(x) + <c, x> + <y, A x> - <b, y> - h(y)``.
+
+The inclusion has ``F(x, y) = (c + A^T y, b - A x)`` and ``G = (dg, dh)``; F is skew up to a
+constant, hence never cocoercive. Source: spec halpern_solvers 1.1, 1.4 and 2.8.
+Letters: M entries of y (rows of A), N entries of x (columns).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError, ShapeError
+from common.norms import spectral_norm_bound
+from solvers.bilinear import bilinear_sum
+from solvers.finite_sum import FiniteSumInclusion
+from solvers.problem import Inclusion
+from solvers.resolvents import ConvexResolvent, Identity, Product
+from solvers.structure import inner, norm
+
+Point = tuple[Tensor, Tensor]
+LinearMap = Callable[[Tensor], Tensor]
+
+_EXACT_SIDE = 1024  # largest smaller side of a matrix whose norm is computed without being asked
+_POWER_STEPS = 50
+_POWER_ROOM = 1.02  # allowance on a norm that a power iteration approaches from below
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BilinearSaddle(Inclusion):
+    """An inclusion whose parts a primal-dual method can use one at a time.
+
+    Build it with :func:`bilinear_saddle`, :func:`solvers.games.matrix_game` or
+    :func:`solvers.linear_program.linear_program`.
+
+    Attributes:
+        start: First point ``(x, y)``.
+        forward: ``x -> A x``.
+        adjoint: ``y -> A^T y``.
+        matrix: A as a dense (M, N) tensor where it is known.
+        cost: c, of the shape of x.
+        offset: b, of the shape of y.
+        primal: Resolvent of g.
+        dual: Resolvent of h.
+        constant: Number that is added to the saddle function.
+    """
+
+    start: Point
+    forward: LinearMap
+    adjoint: LinearMap
+    matrix: Tensor | None
+    cost: Tensor
+    offset: Tensor
+    primal: ConvexResolvent
+    dual: ConvexResolvent
+    constant: float = 0.0
+
+    def gradient_x(self, y: Tensor) -> Tensor:
+        """Return the first part of F, ``c + A^T y``."""
+        return self.cost + self.adjoint(y)
+
+    def gradient_y(self, x: Tensor) -> Tensor:
+        """Return the second part of F, ``b - A x``."""
+        return self.offset - self.forward(x)
+
+    def primal_value(self, x: Tensor) -> float:
+        """Return ``max_y`` of the saddle function at ``x`` in the domain of g; may be infinite."""
+        return (
+            self.constant
+            + inner(self.cost, x)
+            + self.primal.value(x)
+            + self.dual.conjugate(-self.gradient_y(x))
+        )
+
+    def dual_value(self, y: Tensor) -> float:
+        """Return ``min_x`` of the saddle function at ``y`` in the domain of h; may be infinite."""
+        return (
+            self.constant
+            - inner(self.offset, y)
+            - self.dual.value(y)
+            - self.primal.conjugate(-self.gradient_x(y))
+        )
+
+    def duality_gap(self, point: Point) -> float:
+        """Return ``primal_value(x) - dual_value(y)``: at least 0, and 0 exactly at solutions."""
+        return self.primal_value(point[0]) - self.dual_value(point[1])
+
+    def gap_bound(self, residual: float) -> float | None:
+        """Return the duality gap that a residual proves; None where the domain is unbounded."""
+        diameter = Product((self.primal, self.dual)).diameter((self.cost, self.offset))
+        return None if diameter is None else residual * diameter
+
+    def finite_sum(self, sampling: str = "auto") -> FiniteSumInclusion:
+        """Return the same inclusion as a sum over rows and columns of A, on packed points (N + M,).
+
+        Args:
+            sampling: As in :func:`solvers.bilinear.bilinear_sum`.
+
+        Raises:
+            ConfigError: when A is known through products only.
+        """
+        if self.matrix is None:
+            raise ConfigError("finite_sum: needs the matrix of the coupling, got its products only")
+        sizes = (self.cost.numel(), self.offset.numel())
+
+        def resolvent(z: Tensor, step: float) -> Tensor:
+            x, y = z.split(sizes)
+            return torch.cat((self.primal(x, step), self.dual(y, step)))
+
+        return bilinear_sum(
+            self.matrix,
+            sampling=sampling,
+            start=torch.cat(self.start),
+            primal_C=self.cost,
+            dual_R=self.offset,
+            resolvent=resolvent,
+        )
+
+
+def bilinear_saddle(
+    coupling: Tensor | tuple[LinearMap, LinearMap],
+    *,
+    cost: Tensor | None = None,
+    offset: Tensor | None = None,
+    primal: ConvexResolvent | None = None,
+    dual: ConvexResolvent | None = None,
+    start: Point | None = None,
+    lipschitz_bound: float | None = None,
+    constant: float = 0.0,
+) -> BilinearSaddle:
+    """Return the saddle point problem of a matrix or of a pair of products.
+
+    Args:
+        coupling: A as a dense or sparse tensor (M, N), or the maps ``x -> A x``, ``y -> A^T y``.
+        cost: c; zeros when omitted. One of ``cost`` and ``start`` gives the shape of x where the
+            coupling is a pair, and ``offset`` or ``start`` that of y.
+        offset: b; zeros when omitted.
+        primal: Resolvent of g; omitted for ``g = 0``.
+        dual: Resolvent of h; omitted for ``h = 0``.
+        start: First point ``(x, y)``; zeros when omitted.
+        lipschitz_bound: Spectral norm of A; computed for dense matrices up to 1024 on their
+            smaller side, estimated by a power iteration otherwise.
+        constant: Number that is added to the saddle function.
+
+    Raises:
+        ConfigError: for data that are not finite, or shapes that cannot be inferred.
+        ShapeError: for vectors that do not fit the matrix.
+    """
+    forward, adjoint, matrix, shapes = _maps(coupling)
+    cost = _vector("cost", cost, start and start[0], shapes and shapes[1], coupling)
+    offset = _vector("offset", offset, start and start[1], shapes and shapes[0], coupling)
+    primal, dual = primal or Identity(), dual or Identity()
+    estimate = None
+    if lipschitz_bound is None:
+        if matrix is not None and min(matrix.shape) <= _EXACT_SIDE:
+            lipschitz_bound = spectral_norm_bound(matrix)
+        else:
+            estimate = _POWER_ROOM * power_iteration(forward, adjoint, cost)
+    return BilinearSaddle(
+        operator=lambda z: (cost + adjoint(z[1]), offset - forward(z[0])),
+        start=start or (torch.zeros_like(cost), torch.zeros_like(offset)),
+        resolvent=Product((primal, dual)),
+        lipschitz_bound=lipschitz_bound,
+        lipschitz_est=estimate,
+        cocoercive=False,
+        forward=forward,
+        adjoint=adjoint,
+        matrix=matrix,
+        cost=cost,
+        offset=offset,
+        primal=primal,
+        dual=dual,
+        constant=constant,
+    )
+
+
+def power_iteration(
+    forward: LinearMap, adjoint: LinearMap, like: Tensor, steps: int = _POWER_STEPS
+) -> float:
+    """Return an estimate of the spectral norm of A from below; deterministic.
+
+    Args:
+        forward: ``x -> A x``.
+        adjoint: ``y -> A^T y``.
+        like: Any x.
+        steps: Products with ``A^T A``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    size = 0.0
+    for _ in range(steps):
+        if not (length := norm(x)):
+            break
+        image = forward(x / length)
+        size = max(size, norm(image))
+        x = adjoint(image)
+    return size
+
+
+def _maps(coupling: Any) -> tuple[LinearMap, LinearMap, Tensor | None, tuple[int, int] | None]:
+    if not isinstance(coupling, Tensor):
+        forward, adjoint = coupling
+        return forward, adjoint, None, None
+    if coupling.ndim != 2 or not coupling.is_floating_point():
+        raise ShapeError(
+            f"coupling: expected a floating-point matrix, got shape {tuple(coupling.shape)} of "
+            f"{coupling.dtype}"
+        )
+    is_dense = coupling.layout is torch.strided
+    entries = coupling if is_dense else coupling.to_sparse_coo().coalesce().values()
+    if not bool(torch.isfinite(entries).all()):
+        raise ConfigError("coupling: expected finite entries; remove NaN and infinity")
+    transposed = coupling.T if is_dense else coupling.to_sparse_coo().T.coalesce()
+    matrix = coupling if is_dense else None
+    rows, columns = coupling.shape
+    return coupling.__matmul__, transposed.__matmul__, matrix, (rows, columns)
+
+
+def _vector(
+    name: str, given: Tensor | None, start: Tensor | None, size: int | None, coupling: Any
+) -> Tensor:
+    """Return a cost or offset of the right shape, zeros where it is not given."""
+    like = given if given is not None else start
+    if like is None:
+        if size is None:
+            raise ConfigError(f"{name}: give it or start, for the coupling does not tell its shape")
+        return coupling.new_zeros(size, dtype=coupling.dtype)
+    if size is not None and like.shape != (size,):
+        raise ShapeError(f"{name}: expected shape ({size},), got {tuple(like.shape)}")
+    if not bool(torch.isfinite(like).all()):
+        raise ConfigError(f"{name}: expected finite entries; remove NaN and infinity")
+    return torch.zeros_like(like) if given is None else given
