@@ -52,7 +52,7 @@ def test_anchored_extragradient_meets_its_rate():
 @pytest.mark.parametrize("method", MONOTONE)
 def test_matrix_game_gap_is_bounded_by_the_residual(method):
     """Oracle: the duality gap at best responses, at most residual * diameter (here 2)."""
-    known = standard_problem("matrix_game", size=10)
+    known = standard_problem("matrix_game", size=10).as_sum()
     result = solve(known.problem, method, atol=1e-3)
     assert result.converged
     assert result.value.min() >= 0
