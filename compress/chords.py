@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from common.models import LayerConfig
+from common.models.config import DIVIDED
 from solvers.bounds.slopes import apply, slope_interval
 
 GRID = 513
 """Grid points per neuron, odd so that the resting point is one of them."""
 CURVATURE = 0.81
-"""Bound on |phi''| of both GELU variants (their maxima are 0.7979, at 0)."""
+"""Bound on |phi''| of all smooth activations before division (GELU: 0.7979 at 0; tanh: 0.7698)."""
 NEAR = 1e-2
 """Reach below which a Taylor bound replaces the grid, whose quotients would lose digits."""
 WIDEN = 1e-8
@@ -45,7 +46,7 @@ def chord_interval(layer: LayerConfig, rest_N: Tensor, reach_N: Tensor) -> tuple
         # |z| = 2 relu(z) - z, also for difference quotients.
         low_N, high_N = (2 * part - 1 for part in _relu(rest_N, reach_N))
     else:
-        low_N, high_N = _gelu(layer, rest_N, reach_N)
+        low_N, high_N = _smooth(layer, rest_N, reach_N)
     return (low_N - WIDEN).clamp(min=floor), (high_N + WIDEN).clamp(max=ceiling)
 
 
@@ -57,11 +58,12 @@ def _relu(rest_N: Tensor, reach_N: Tensor) -> tuple[Tensor, Tensor]:
     return low_N, high_N
 
 
-def _gelu(layer: LayerConfig, rest_N: Tensor, reach_N: Tensor) -> tuple[Tensor, Tensor]:
+def _smooth(layer: LayerConfig, rest_N: Tensor, reach_N: Tensor) -> tuple[Tensor, Tensor]:
     rest = rest_N.clone().requires_grad_()
     with torch.enable_grad():
         (slope_N,) = torch.autograd.grad(apply(rest, layer).sum(), rest)
-    bend_N = 0.5 * CURVATURE / layer.gelu_divisor * reach_N
+    share = layer.gelu_divisor if layer.activation in DIVIDED else 1.0
+    bend_N = 0.5 * CURVATURE / share * reach_N
     steps_P = torch.linspace(-1, 1, GRID, dtype=torch.float64)
     moves_NP = reach_N.clamp(min=NEAR)[:, None] * steps_P
     rise_NP = apply(rest_N[:, None] + moves_NP, layer) - apply(rest_N, layer)[:, None]

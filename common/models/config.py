@@ -11,7 +11,10 @@ from typing import Any
 from common.config import check_types, one_of, positive, within
 from common.errors import ConfigError
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "abs", "maxmin")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "tanh", "relu", "abs", "maxmin")
+
+DIVIDED = ("gelu", "gelu_tanh", "silu")
+"""Those whose largest slope exceeds 1 (1.1289, 1.1290, 1.0998); ``gelu_divisor`` divides them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +29,7 @@ class LayerConfig:
         head_dim: Head width (D), even.
         mlp_width: Hidden width of the MLP (F); even for ``maxmin``.
         activation: One of ``ACTIVATIONS``.
-        gelu_divisor: Both GELU variants are divided by this number.
+        gelu_divisor: The activations in ``DIVIDED`` are divided by this number.
         mlp_bias: Whether both MLP matrices have biases.
         position_bias: Whether each head adds a learned bias b(i - j) to its logits.
         attn_residual: Residual weight a of the attention block, in [0, 1].

@@ -26,6 +26,10 @@ def activate(z_BTF: Tensor, layer: LayerConfig) -> Tensor:
             return F.gelu(z_BTF) / layer.gelu_divisor
         case "gelu_tanh":
             return F.gelu(z_BTF, approximate="tanh") / layer.gelu_divisor
+        case "silu":
+            return F.silu(z_BTF) / layer.gelu_divisor
+        case "tanh":
+            return z_BTF.tanh()
         case "relu":
             return F.relu(z_BTF)
         case "abs":

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from common.models import LayerConfig, ModelConfig
+from common.models.config import DIVIDED
 from common.norms import rms_norm_factor, spectral_norm_bound
 
 
@@ -36,7 +37,7 @@ def reference_constants(
         constants.append((1 - a) + a * lipschitz)
         radius *= (1 - a) + a * output * value * factor
         a = layer.mlp_residual
-        divisor = layer.gelu_divisor if layer.activation.startswith("gelu") else 1.0
+        divisor = layer.gelu_divisor if layer.activation in DIVIDED else 1.0
         mlp = norms["mlp.down"] * norms["mlp.up"] / divisor
         constants.append((1 - a) + a * mlp)
         radius *= constants[-1]

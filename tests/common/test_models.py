@@ -31,7 +31,8 @@ FREEDOMS = {
     },
     "positional": {"content_heads": 0, "position_bias": True, "activation": "abs"},
     "uneven": {"heads": (4, 2), "kv_heads": (2, 2), "head_dim": (4, 6), "activation": "relu"},
-    "tanh": {"activation": "gelu_tanh", "kv_heads": 1},
+    "tanh": {"activation": ("gelu_tanh", "tanh"), "kv_heads": 1},
+    "silu": {"activation": "silu", "mlp_bias": True},
 }
 
 

@@ -18,6 +18,8 @@ FREEDOMS: dict[str, dict[str, Any]] = {
     "maxmin_bias": {"activation": "maxmin", "mlp_bias": True, "head_bias": True},
     "maxmin": {"activation": "maxmin", "mlp_residual": 1.0},
     "gelu_tanh_bias": {"activation": "gelu_tanh", "mlp_bias": True, "mlp_residual": 0.9},
+    "silu_bias": {"activation": "silu", "mlp_bias": True, "mlp_residual": 0.9},
+    "tanh": {"activation": "tanh", "mlp_residual": 1.0},
     "relu": {"activation": "relu", "attn_residual": 0.9, "mlp_residual": 0.6},
     "abs_bias": {"activation": "abs", "mlp_bias": True},
     "grouped": {"kv_heads": 2, "attn_residual": 0.8},
