@@ -65,11 +65,13 @@ class Outcome:
         metrics: Declared metric name to value.
         artifacts: Name to path of what was written.
         objective: The number a sweeper minimises or maximises, if there is one.
+        notes: Name to a sentence for people.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, Path] = field(default_factory=dict)
     objective: float | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 Body = Callable[[Any, Run], Outcome]
@@ -231,6 +233,8 @@ def _execute(run: Run, body: Body, settings: Any) -> Finished:
         "seconds": round(time.monotonic() - clock, 3),
         "versions": versions(),
     }
+    if outcome.notes:
+        summary["notes"] = outcome.notes
     write_json(run.directory / RUN_FILE, record | {"objective": outcome.objective})
     write_json(run.directory / SUMMARY_FILE, summary)
     return Finished(path=run.directory / SUMMARY_FILE, summary=summary, objective=outcome.objective)
