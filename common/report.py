@@ -14,7 +14,16 @@ from common.config import build, check_types, positive
 from common.errors import ConfigError, DataError
 from common.files import write_bytes
 from common.ledger import Outcome, Run
-from common.reporting import headline, origin, proof, pruning, robustness, serving, training
+from common.reporting import (
+    headline,
+    origin,
+    proof,
+    pruning,
+    robustness,
+    serving,
+    solving,
+    training,
+)
 from common.reporting.page import missing, page
 from common.reporting.runs import Story, read_story, read_sweep
 from common.reporting.sweep import Comparison, comparison
@@ -94,6 +103,7 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         "attack": (robustness.robustness,),
         "compress": (pruning.pruning,),
         "generate": (serving.cache, lambda story: serving.samples(story, settings.samples)),
+        "solve": (solving.solving,),
     }
     is_pipeline = len(story.stages) > 1
     parts = [_guarded(headline.headline, story, "headline")]
@@ -101,10 +111,10 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         if is_pipeline or stage in story.stages:
             parts += [_guarded(make, story, stage) for make in makers]
     parts += [_guarded(make, story, "origin") for make in (origin.timings, origin.origin)]
-    lead = (
-        "A language model with a machine-checkable bound on its sensitivity. Each figure says "
-        "what is proved, what is measured and what is only estimated."
-    )
+    about = "A language model with a machine-checkable bound on its sensitivity."
+    if story.root.command == solving.COMMAND:
+        about = "A monotone inclusion, and how a method came to its solution."
+    lead = f"{about} Each figure says what is proved, what is measured and what is only estimated."
     return page(settings.title or f"lipllm: {name}", lead, "\n".join(parts), _foot(story.root))
 
 

@@ -102,6 +102,11 @@ def page(title: str, lead: str, markup: str, foot: str) -> str:
     )
 
 
+def palette() -> str:
+    """Return the rules that define the page's colours, light and dark."""
+    return _CSS[: _CSS.index("* { box-sizing")].strip()
+
+
 def escape(text: Any) -> str:
     """Return text that is safe inside HTML and attributes; other control characters are shown."""
     shown = "".join(

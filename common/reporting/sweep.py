@@ -19,6 +19,7 @@ from common.reporting.frontier import (
 from common.reporting.page import code, escape, figure, figures, kind, number, page, section, table
 from common.reporting.radius import radius_section
 from common.reporting.runs import StageRun
+from common.reporting.solving import comparison_of_methods
 
 # Shown first and, where a run has no objective, used to order the table; smaller is better.
 _FIRST = (
@@ -74,6 +75,7 @@ def comparison(cells: Sequence[StageRun], name: str) -> Comparison:
     parts = [
         frontier(points),
         radius_section(points),
+        comparison_of_methods(cells),
         section(
             "Comparison",
             _lead(cells, best),
