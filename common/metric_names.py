@@ -66,10 +66,13 @@ METRICS: dict[str, str] = {
         for where, meaning in (("", "inside the certified ball"), ("space_", "in any direction"))
         for share in (1, 5, 10, 25)
     },
-    "solve/residual": "Fixed-point residual at the end",
-    "solve/error": "Distance to the solution, or the game's duality gap: zero when solved",
+    "solve/residual": "Norm of an explicit element of F + G, from a full evaluation at the end",
+    "solve/error": "Error against the known solution, or a duality gap: zero when solved",
+    "solve/proved_error": "Largest solve/error that solve/residual allows",
     "solve/iterations": "Iterations",
-    "solve/evals": "Operator evaluations",
+    "solve/evals": "Oracle calls in components: a full evaluation counts all of them",
+    "solve/full_evals": "Evaluations of the whole operator",
+    "solve/component_evals": "Evaluations of single components",
     "solve/seconds": "Time to solve, seconds",
     "compress/removed_fraction": "Share of the MLP parameters removed",
     "compress/params": "Parameters after pruning",
