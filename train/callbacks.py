@@ -17,9 +17,7 @@ from torch import Tensor
 from common.files import replace_bytes
 from common.tokenizer import Tokenizer
 from train.probes import continuation, matrix_norms, naive_certificate
-from train.progress import EachStep, Progress, log_metrics
-
-__all__ = ["CHECKPOINT", "Certify", "Checkpoint", "EachStep", "Progress", "Sample", "log_metrics"]
+from train.progress import EachStep, log_metrics
 
 log = logging.getLogger(__name__)
 

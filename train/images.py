@@ -20,7 +20,7 @@ from common.images import ImageConfig, Images, load_images
 from common.ledger import Outcome, Run
 from common.models import LipschitzMLP, MLPConfig
 from solvers.bounds import certify
-from train.callbacks import Certify, Checkpoint, Progress
+from train.callbacks import Certify, Checkpoint
 from train.evaluate import evaluate, loss_and_hits, mean_loss
 from train.groups import parameter_groups
 from train.image_data import ImageDataModule
@@ -28,6 +28,7 @@ from train.init import initialise
 from train.margins import MARGINS_FILE, image_margins
 from train.module import ConstrainedModule
 from train.probes import certificate_figures, matrix_norms
+from train.progress import Progress
 from train.session import (
     Settings,
     compiled,

@@ -17,7 +17,7 @@ from common.ledger import Outcome, Run
 from common.models import LipschitzTransformer, ModelConfig
 from solvers.bounds import certify
 from train.budget import KeepBudget, enforce
-from train.callbacks import Certify, Checkpoint, Progress, Sample
+from train.callbacks import Certify, Checkpoint, Sample
 from train.cost import Cost, flops_per_token
 from train.data import TokenDataModule
 from train.evaluate import bits_per_byte, evaluate, inputs_and_targets, reference_windows
@@ -26,6 +26,7 @@ from train.init import freeze_unused, initialise, initialise_biases
 from train.margins import MARGINS_FILE, MOST_POSITIONS, text_margins
 from train.module import LipschitzModule
 from train.probes import activation_maxima, certificate_figures, matrix_norms
+from train.progress import Progress
 from train.session import (
     STORED,
     Settings,

@@ -14,13 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common.metrics_logger import MetricsLogger
 from train.batch_stream import StreamDataModule
-from train.callbacks import Certify, Progress
+from train.callbacks import Certify
 from train.data import window_batch
 from train.groups import Constraint, OptimConfig, optimizer_defaults, parameter_groups
 from train.loop import build_trainer, quiet
 from train.module import LipschitzModule
 from train.optim import Muon
 from train.probes import activation_maxima
+from train.progress import Progress
 from train.schedules import Schedule
 from train.settings import TrainerConfig
 

@@ -11,7 +11,7 @@ from common.bundle import load_bundle
 from common.errors import ConfigError, DataError
 from common.metrics_file import read_metrics
 from common.norms import spectral_norm
-from train import callbacks
+from train import progress
 from train.app import train
 from train.groups import role
 
@@ -96,8 +96,8 @@ def test_interrupted_run_resumes_bit_for_bit(make_run, monkeypatch, overrides):
         if trainer.global_step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(callbacks.Progress, "on_step", interrupt)
-    monkeypatch.setattr(callbacks.Progress, "every", 1, raising=False)
+    monkeypatch.setattr(progress.Progress, "on_step", interrupt)
+    monkeypatch.setattr(progress.Progress, "every", 1, raising=False)
     cfg, run = make_run(*settings, "callbacks.log_every=1", directory="half")
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
