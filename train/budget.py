@@ -29,7 +29,7 @@ MARGIN = 1e-5
 ROUNDING = 4e-3
 # Below the first, float32 logits would say nothing.
 TARGETS = (1e-6, 1e12)
-_ATTEMPTS = 8
+_ATTEMPTS = 9
 # A head times less than this would lose digits to underflow, and predictions would change.
 _SMALLEST = 1e-30
 
@@ -51,7 +51,6 @@ class Budget:
     def __post_init__(self) -> None:
         check_types(self)
         if self.target is not None:
-            positive("trainer.budget.target", self.target)
             within("trainer.budget.target", self.target, *TARGETS)
         positive("trainer.budget.every", self.every)
 
@@ -106,9 +105,9 @@ def enforce(
     Raises:
         CertificateError: if a weight is not finite, or no head with digits left is within.
     """
-    certificate = certify(model, budget.tighten)
     margin = MARGIN if dtype is None else ROUNDING
     for _ in range(_ATTEMPTS):
+        certificate = certify(model, budget.tighten)
         if certificate.tightened <= budget.target:
             return certificate
         factor = budget.target / certificate.tightened * (1 - margin)
@@ -119,10 +118,7 @@ def enforce(
             parameter.mul_(factor)
             if dtype is not None:
                 parameter.copy_(parameter.to(dtype))
-        certificate = certify(model, budget.tighten)
         margin *= 2
-    if certificate.tightened <= budget.target:
-        return certificate
     raise CertificateError(
         f"tightened=1e{certificate.log10_tightened:.1f}: expected at most trainer.budget.target="
         f"{budget.target:g}, and no smaller head can bring it there; train under a constraint"

@@ -59,10 +59,10 @@ class InitConfig:
 def initialise(model: nn.Module, constraint: Constraint, seed: int) -> None:
     """Overwrite all parameters of a ``LipschitzTransformer`` or ``LipschitzMLP``.
 
-    Matrices become orthogonal with RMS->RMS norm ``min(1, cap)``; the head (the last matrix of an
-    MLP classifier) zero, and so are the outputs of blocks with a skip path; embedding rows Gaussian
-    with RMS 1;
-    biases and position biases zero. Same seed, same weights, whatever the global random state.
+    Matrices become orthogonal with RMS->RMS norm ``min(1, cap)``, embedding rows Gaussian with RMS
+    1. The head (the last matrix of an MLP classifier), the outputs of blocks with a skip path,
+    biases and position biases become zero. Same seed, same weights, whatever the global random
+    state.
 
     Args:
         model: Modified in place.
