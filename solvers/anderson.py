@@ -86,8 +86,8 @@ class AndersonHalpern(Halpern):
 def _residual_vector(oracle: Oracle, state: HalpernState) -> Tensor:
     """Return ``F(u)`` or, with a resolvent, ``(u - J(u - eta F(u))) / eta``."""
     if state.normal is None:
-        return state.value
-    return state.value + state.normal
+        return state.iterate_value
+    return state.iterate_value + state.normal
 
 
 def _least_squares(columns: Tensor, target: Tensor, rcond: float) -> Tensor | None:

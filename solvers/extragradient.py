@@ -1,44 +1,23 @@
 """Extragradient methods for monotone Lipschitz inclusions, also those that are not cocoercive.
 
-``extragradient`` is the classical method of Korpelevich; ``anchored_extragradient`` adds the
-Halpern anchor: ``|F(z_k)| <= 2 L |z_0 - z*| / k`` without a resolvent (FEG), and O(1/k) with one
-(EAG-C). Source: spec halpern_solvers 2.4 and 2.7.
+``extragradient`` is the classical method of Korpelevich. The others add the Halpern anchor:
+``feg`` (fast extragradient, ``|F(z_k)| <= 2 L |z_0 - z*| / k``, no resolvent), ``eag`` (constant
+step, O(1/k) with a resolvent too) and ``eag_v`` (varying step).
+Source: spec halpern_solvers 2.4 and 2.7.
 """
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from common.config import check_types, positive, within
-from solvers.iterate import State, register
+from common.errors import ConfigError
+from solvers.iterate import register
+from solvers.lipschitz import Trial, backtracked, slope_holds
+from solvers.monotone import MonotoneState, advance, first_state
 from solvers.oracle import Oracle
 from solvers.solution import Status
-from solvers.structure import inner, norm
-
-_NOISE_UNITS = 16.0  # rounding allowance of the slope test, in units of eps
-_NEGATIVE = 1e-10  # relative size of an inner product that counts as negative
-_MAX_DOUBLINGS = 40
-
-
-@dataclass(frozen=True, kw_only=True)
-class MonotoneState(State):
-    """State of the methods for monotone Lipschitz operators.
-
-    Attributes:
-        value: ``F(point)``.
-        previous: ``F`` at the point before (forward-reflected-backward only).
-        anchor: ``z_0`` of the current restart (anchored method only).
-        count: ``k`` since the restart.
-        reference: Residual at the restart.
-    """
-
-    value: Tensor
-    previous: Tensor
-    anchor: Tensor
-    count: int = 0
-    reference: float = float("inf")
 
 
 @register
@@ -47,7 +26,7 @@ class Extragradient:
     """Two evaluations per step, last-iterate convergence, no rate on the residual.
 
     Attributes:
-        step_scale: ``eta L`` in (0, 1).
+        step_scale: ``eta L`` in (0, 1].
     """
 
     name: ClassVar[str] = "extragradient"
@@ -74,33 +53,30 @@ class Extragradient:
     def _step(
         self, oracle: Oracle, state: MonotoneState, base: Tensor, half: float, full: float
     ) -> MonotoneState:
-        lipschitz = state.lipschitz
-        for _ in range(_MAX_DOUBLINGS):
-            middle = oracle.resolvent(base - half / lipschitz * state.value, half / lipschitz)
-            middle_value = oracle.full(middle)
-            holds, failure = slope_holds(state.point, state.value, middle, middle_value, lipschitz)
-            if failure is not None:
-                return replace(state, failure=failure)
-            if holds:
-                eta = full / lipschitz
-                target = base - eta * middle_value
-                return advance(oracle, state, target, eta, lipschitz)
-            lipschitz *= 2
-        return replace(state, failure=Status.NONFINITE)
+        """Return ``J(base - full F(h) / L)`` with ``h = J(base - half F(z) / L)``."""
+
+        def attempt(lipschitz: float) -> Tensor:
+            eta = half / lipschitz
+            return oracle.resolvent(base - eta * state.value, eta)
+
+        old, value, lipschitz = state.point, state.value, state.lipschitz
+        trial: Trial | Status = Trial(old, value, lipschitz)
+        if half:
+            trial = backtracked(oracle, old, value, lipschitz, attempt, slope_holds)
+        if isinstance(trial, Status):
+            return replace(state, failure=trial)
+        eta = full / trial.lipschitz
+        return advance(oracle, state, base - eta * trial.value, eta, trial.lipschitz)
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
-class AnchoredExtragradient(Extragradient):
-    """Extragradient with an anchor, restarted when the residual has shrunk enough.
+class Anchored(Extragradient):
+    """An extragradient method with an anchor, which moves when the residual has shrunk enough.
 
     Attributes:
-        step_scale: ``eta L`` with a resolvent; without one the step is ``1/L``.
         restart_factor: Residual ratio that moves the anchor, in [0, 1); 0 never does.
     """
 
-    name: ClassVar[str] = "anchored_extragradient"
-    step_scale: float = 0.57
     restart_factor: float = 0.5
 
     def __post_init__(self) -> None:
@@ -108,91 +84,99 @@ class AnchoredExtragradient(Extragradient):
         Extragradient.__post_init__(self)
         within("restart_factor", self.restart_factor, 0.0, 1 - 1e-6)
 
+    def _weights(self, state: MonotoneState) -> tuple[float, float, float]:
+        """Return the weight of the anchor and ``eta L`` of the half and the full step."""
+        raise NotImplementedError
+
     def step(self, oracle: Oracle, state: MonotoneState) -> MonotoneState:
         """Take an anchored step, then restart when the residual has shrunk enough."""
-        if oracle.has_resolvent:
-            weight, half, full = 1 / (state.count + 2), self.step_scale, self.step_scale
-        else:
-            weight = 1 / (state.count + 1)
-            half, full = 1 - weight, 1.0
+        weight, half, full = self._weights(state)
         base = weight * state.anchor + (1 - weight) * state.point
         following = self._step(oracle, state, base, half, full)
-        if following.failure is None and following.residual <= (
-            self.restart_factor * state.reference
-        ):
-            return replace(
-                following,
-                anchor=following.point,
-                count=0,
-                reference=following.residual,
-                restarts=state.restarts + 1,
-            )
-        return following
+        restarts = following.residual <= self.restart_factor * state.reference
+        if following.failure is not None or not restarts:
+            return following
+        return replace(
+            following,
+            anchor=following.point,
+            count=0,
+            reference=following.residual,
+            restarts=state.restarts + 1,
+        )
 
 
-def first_state(oracle: Oracle, start: Tensor) -> MonotoneState:
-    """Return the state at the start, which is first moved onto the domain of G.
+@register
+@dataclass(frozen=True, kw_only=True)
+class FastExtragradient(Anchored):
+    """FEG: the default for monotone operators without a resolvent; its step is ``1/L``."""
 
-    Raises:
-        ConfigError: for an operator that is not finite there.
+    name: ClassVar[str] = "feg"
+    step_scale: float = 1.0
+
+    def init(self, oracle: Oracle, start: Tensor) -> MonotoneState:
+        """Evaluate F at the start.
+
+        Raises:
+            ConfigError: for a problem with a resolvent, or an operator that is not finite.
+        """
+        _refuse_resolvent(self.name, oracle)
+        return first_state(oracle, start)
+
+    def _weights(self, state: MonotoneState) -> tuple[float, float, float]:
+        weight = 1 / (state.count + 1)
+        return weight, (1 - weight) * self.step_scale, self.step_scale
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class AnchoredExtragradient(Anchored):
+    """EAG-C: the default for monotone operators with a resolvent.
+
+    The rate is proved for ``eta L <= 1/8`` without a resolvent and below ``1/sqrt(3)`` with one.
     """
-    point = oracle.resolvent(start, 1.0)
-    # The resolvent step itself yields an element of G at the point where it lands.
-    normal = start - point if oracle.has_resolvent else None
-    value = oracle.first_value(point)
-    known = (oracle.problem.lipschitz_bound, oracle.problem.lipschitz_est)
-    lipschitz = next((c for c in known if c is not None), None)
-    if lipschitz is None:
-        lipschitz = oracle.lipschitz_est(point, value)
-    residual = norm(value if normal is None else value + normal)
-    return MonotoneState(
-        point=point,
-        normal=normal,
-        residual=residual,
-        exact=True,
-        lipschitz=lipschitz or 1.0,
-        value=value,
-        previous=value,
-        anchor=point,
-        reference=residual,
-    )
+
+    name: ClassVar[str] = "eag"
+    step_scale: float = 0.57
+
+    def _weights(self, state: MonotoneState) -> tuple[float, float, float]:
+        return 1 / (state.count + 2), self.step_scale, self.step_scale
 
 
-def advance(
-    oracle: Oracle, state: MonotoneState, target: Tensor, eta: float, lipschitz: float
-) -> MonotoneState:
-    """Return the state at ``J(target)`` with its exact residual; one evaluation."""
-    point = oracle.resolvent(target, eta)
-    value = oracle.full(point)
-    if not bool(torch.isfinite(value).all()):
-        return replace(state, failure=Status.NONFINITE)
-    normal = (target - point) / eta if oracle.has_resolvent else None
-    return replace(
-        state,
-        point=point,
-        normal=normal,
-        residual=norm(value if normal is None else value + normal),
-        lipschitz=lipschitz,
-        value=value,
-        previous=state.value,
-        count=state.count + 1,
-    )
+@register
+@dataclass(frozen=True, kw_only=True)
+class VaryingAnchoredExtragradient(Anchored):
+    """EAG-V: as EAG-C with steps that fall to a limit, proved without a resolvent.
 
-
-def slope_holds(
-    old: Tensor, old_value: Tensor, new: Tensor, new_value: Tensor, lipschitz: float
-) -> tuple[bool, Status | None]:
-    """Test ``|dF| <= L |du|`` and ``<dF, du> >= 0`` between two points.
-
-    Returns:
-        Whether the first holds, and the failure when the second does not.
+    ``|F(z_k)| <= sqrt(27) L |z_0 - z*| / sqrt((k+1)(k+2))`` for ``step_scale <= 0.618``.
     """
-    if not bool(torch.isfinite(new_value).all()):
-        return False, None
-    du, df = new - old, new_value - old_value
-    size_u, size_f = norm(du), norm(df)
-    unit = torch.finfo(new.dtype).eps
-    noise = _NOISE_UNITS * unit * (norm(old_value) + norm(new_value) + lipschitz * norm(new))
-    if inner(df, du) < -_NEGATIVE * size_f * size_u - noise * size_u:
-        return False, Status.NOT_MONOTONE
-    return size_f <= lipschitz * size_u + noise, None
+
+    name: ClassVar[str] = "eag_v"
+    step_scale: float = 0.618
+
+    def init(self, oracle: Oracle, start: Tensor) -> MonotoneState:
+        """Evaluate F at the start.
+
+        Raises:
+            ConfigError: for a problem with a resolvent, or an operator that is not finite.
+        """
+        _refuse_resolvent(self.name, oracle)
+        return replace(first_state(oracle, start), scale=self.step_scale)
+
+    def step(self, oracle: Oracle, state: MonotoneState) -> MonotoneState:
+        """Take an anchored step and shorten the next one."""
+        following = Anchored.step(self, oracle, state)
+        square = state.scale**2
+        shrink = 1 - square / ((state.count + 1) * (state.count + 3) * (1 - square))
+        is_fresh = following.count == 0
+        return replace(following, scale=self.step_scale if is_fresh else state.scale * shrink)
+
+    def _weights(self, state: MonotoneState) -> tuple[float, float, float]:
+        return 1 / (state.count + 2), state.scale, state.scale
+
+
+def _refuse_resolvent(name: str, oracle: Oracle) -> None:
+    if oracle.has_resolvent:
+        raise ConfigError(
+            f"method={name}: its rate is proved without a resolvent, and this problem has one; "
+            "use method=eag"
+        )

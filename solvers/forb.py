@@ -9,12 +9,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from common.config import check_types, positive, within
-from solvers.extragradient import MonotoneState, advance, first_state, slope_holds
 from solvers.iterate import register
+from solvers.lipschitz import backtracked, slope_holds
+from solvers.monotone import MonotoneState, arrived, first_state
 from solvers.oracle import Oracle
 from solvers.solution import Status
-
-_MAX_DOUBLINGS = 40
 
 
 @register
@@ -41,20 +40,17 @@ class ForwardReflectedBackward:
 
     def step(self, oracle: Oracle, state: MonotoneState) -> MonotoneState:
         """Take one reflected step; a contradicted L is doubled and the step repeated."""
-        lipschitz = state.lipschitz
-        for _ in range(_MAX_DOUBLINGS):
-            eta = self.step_scale / lipschitz
-            target = state.point - eta * (2 * state.value - state.previous)
-            following = advance(oracle, state, target, eta, lipschitz)
-            if following.failure is None:
-                holds, failure = slope_holds(
-                    state.point, state.value, following.point, following.value, lipschitz
-                )
-                if failure is not None:
-                    return replace(state, failure=failure)
-                if holds:
-                    return following
-            lipschitz *= 2
+
+        def target(lipschitz: float) -> Tensor:
             # A changed step breaks the reflection, so the method starts afresh from here.
-            state = replace(state, previous=state.value)
-        return replace(state, failure=Status.NONFINITE)
+            previous = state.previous if lipschitz == state.lipschitz else state.value
+            return state.point - self.step_scale / lipschitz * (2 * state.value - previous)
+
+        def attempt(lipschitz: float) -> Tensor:
+            return oracle.resolvent(target(lipschitz), self.step_scale / lipschitz)
+
+        trial = backtracked(oracle, state.point, state.value, state.lipschitz, attempt, slope_holds)
+        if isinstance(trial, Status):
+            return replace(state, failure=trial)
+        eta = self.step_scale / trial.lipschitz
+        return arrived(oracle, state, target(trial.lipschitz), eta, trial)

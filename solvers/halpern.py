@@ -8,20 +8,15 @@ Source: spec halpern_solvers 2.1, 2.2, 2.7 (Lieder's rate; arXiv 2310.02987 for 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from common.config import check_types, positive, within
 from common.errors import ConfigError
-from solvers.iterate import State, register
+from solvers.iterate import register
+from solvers.lipschitz import backtracked, cocoercivity_holds, first_lipschitz
 from solvers.oracle import Oracle
-from solvers.solution import Status
-from solvers.structure import inner, norm
-
-_NOISE_UNITS = 16.0  # rounding allowance of the cocoercivity test, in units of eps
-_NEGATIVE = 1e-10  # relative size of an inner product that counts as negative
-_SKEW = 1e4  # L over the observed slope beyond which F cannot be called cocoercive
-_MAX_DOUBLINGS = 40
+from solvers.solution import State, Status
+from solvers.structure import norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +25,7 @@ class HalpernState(State):
 
     Attributes:
         iterate: ``u_k``.
-        value: ``F(u_k)``.
+        iterate_value: ``F(u_k)``.
         mapped: ``T u_k``.
         anchor: ``u_0`` of the current restart.
         count: ``k`` since the restart.
@@ -39,7 +34,7 @@ class HalpernState(State):
     """
 
     iterate: Tensor
-    value: Tensor
+    iterate_value: Tensor
     mapped: Tensor
     anchor: Tensor
     count: int = 0
@@ -82,11 +77,7 @@ class Halpern:
                 "not to be one; use method=extragradient or method=forb"
             )
         value = oracle.first_value(start)
-        known = (oracle.problem.lipschitz_bound, oracle.problem.lipschitz_est)
-        lipschitz = next((c for c in known if c is not None), None)
-        if lipschitz is None:
-            lipschitz = oracle.lipschitz_est(start, value)
-        state = self._state(oracle, start, value, lipschitz or 1.0, anchor=start)
+        state = self._state(oracle, start, value, first_lipschitz(oracle, start, value), start)
         return replace(state, reference=state.residual)
 
     def step(self, oracle: Oracle, state: HalpernState) -> HalpernState:
@@ -94,25 +85,23 @@ class Halpern:
         return self._halpern_step(oracle, state)
 
     def _halpern_step(self, oracle: Oracle, state: HalpernState) -> HalpernState:
-        weight = 1 / (state.count + 2)
-        mapped, lipschitz = state.mapped, state.lipschitz
-        for _ in range(_MAX_DOUBLINGS):
-            point = weight * state.anchor + (1 - weight) * mapped
-            value = oracle.full(point)
-            holds, failure = cocoercivity_holds(state.iterate, state.value, point, value, lipschitz)
-            if holds:
-                following = self._state(oracle, point, value, lipschitz, state.anchor)
-                return replace(
-                    following,
-                    count=state.count + 1,
-                    reference=state.reference,
-                    restarts=state.restarts,
-                )
-            if failure is not None:
-                return replace(state, failure=failure)
-            lipschitz *= 2
-            mapped = self._map(oracle, state.iterate, state.value, lipschitz)[0]
-        return replace(state, failure=Status.NONFINITE)
+        weight, old, old_value = 1 / (state.count + 2), state.iterate, state.iterate_value
+
+        def attempt(lipschitz: float) -> Tensor:
+            mapped = state.mapped
+            if lipschitz != state.lipschitz:
+                mapped = self._map(oracle, old, old_value, lipschitz)[0]
+            return weight * state.anchor + (1 - weight) * mapped
+
+        trial = backtracked(oracle, old, old_value, state.lipschitz, attempt, cocoercivity_holds)
+        if isinstance(trial, Status):
+            return replace(state, failure=trial)
+        return replace(
+            self._state(oracle, *trial, anchor=state.anchor),
+            count=state.count + 1,
+            reference=state.reference,
+            restarts=state.restarts,
+        )
 
     def _map(
         self, oracle: Oracle, point: Tensor, value: Tensor, lipschitz: float
@@ -129,11 +118,11 @@ class Halpern:
         self, oracle: Oracle, point: Tensor, value: Tensor, lipschitz: float, anchor: Tensor
     ) -> HalpernState:
         mapped, backward, eta = self._map(oracle, point, value, lipschitz)
-        common: dict[str, Any] = {"lipschitz": lipschitz, "iterate": point, "value": value}
-        common |= {"mapped": mapped, "anchor": anchor}
+        common: dict[str, Any] = {"lipschitz": lipschitz, "iterate": point, "anchor": anchor}
+        common |= {"iterate_value": value, "mapped": mapped}
         if not oracle.has_resolvent:
             return HalpernState(
-                point=point, normal=None, residual=norm(value), exact=True, **common
+                point=point, normal=None, residual=norm(value), exact=True, value=value, **common
             )
         # |F(v) + normal| <= |u - v| / eta when F is cocoercive and eta <= 2/L (spec 1.4).
         normal = (point - eta * value - backward) / eta
@@ -187,29 +176,6 @@ class RestartedHalpern(Halpern):
         lipschitz = following.lipschitz
         if oracle.problem.lipschitz_bound is None:
             lipschitz *= self.relax_lipschitz
-        point, value = following.iterate, following.value
+        point, value = following.iterate, following.iterate_value
         fresh = self._state(oracle, point, value, lipschitz, anchor=point)
         return replace(fresh, reference=fresh.residual, restarts=state.restarts + 1)
-
-
-def cocoercivity_holds(
-    old: Tensor, old_value: Tensor, new: Tensor, new_value: Tensor, lipschitz: float
-) -> tuple[bool, Status | None]:
-    """Test ``<dF, du> >= |dF|^2 / L`` between two points.
-
-    Returns:
-        Whether it holds, and the failure that no larger L can repair.
-    """
-    if not bool(torch.isfinite(new_value).all()):
-        return False, None
-    du, df = new - old, new_value - old_value
-    size_u, size_f, product = norm(du), norm(df), inner(df, du)
-    unit = torch.finfo(new.dtype).eps
-    scale = norm(old_value) + norm(new_value) + lipschitz * norm(new)
-    noise = _NOISE_UNITS * unit * scale * size_u
-    if product < -_NEGATIVE * size_f * size_u - noise:
-        return False, Status.NOT_MONOTONE
-    if product + noise >= size_f**2 / lipschitz:
-        return True, None
-    skew = lipschitz * size_u > _SKEW * size_f
-    return False, Status.ASSUMPTION_VIOLATED if skew else None

@@ -1,65 +1,31 @@
-"""The one loop that drives every method, and the verb ``solve``.
+"""The one loop that drives every method, the registry of methods, and continuation.
 
 A method is an immutable object with ``init`` and ``step``; the loop decides when to stop and
 recomputes the residual before it says that a method has converged.
 """
 
-import time
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.config import one_of, positive
+from common.config import one_of
 from common.errors import ConfigError
+from solvers.exits import Limits
+from solvers.inspection import check_repeatable, check_resolvent
 from solvers.oracle import Oracle
 from solvers.problem import Problem
-from solvers.solution import Result, Status, TracePoint
-from solvers.structure import Value, norm
+from solvers.run import Callback as Callback
+from solvers.run import Run
+from solvers.run import Solver as Solver
+from solvers.selector import choose
+from solvers.solution import Result, Status
+from solvers.solution import State as State
+from solvers.structure import Value
 
-_FLOOR_UNITS = 4.0  # rounding floor of a residual in units of eps * L * |u|
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What the loop reads of a method's state; methods extend it.
-
-    Attributes:
-        point: Candidate solution.
-        normal: Element of ``G(point)``; None when ``G = 0``.
-        residual: Estimate of ``|F(point) + normal|``; exact where ``exact``.
-        exact: Whether ``residual`` comes from a full evaluation at ``point``.
-        lipschitz: Constant in use.
-        restarts: Times the anchor was moved.
-        failure: Set when the method cannot continue.
-    """
-
-    point: Tensor
-    normal: Tensor | None
-    residual: float
-    exact: bool
-    lipschitz: float
-    restarts: int = 0
-    failure: Status | None = None
-
-
-class Solver(Protocol):
-    """A method: settings only, no mutable state."""
-
-    name: str
-
-    def init(self, oracle: Oracle, start: Tensor) -> Any:
-        """Return the first state."""
-        ...
-
-    def step(self, oracle: Oracle, state: Any) -> Any:
-        """Return the next state."""
-        ...
-
-
-Callback = Callable[[State, Oracle], bool | None]
 SOLVERS: dict[str, type] = {}
 
 
@@ -88,65 +54,56 @@ def iterate(
     solver: Solver,
     *,
     start: Value | None = None,
-    atol: float = 1e-6,
-    rtol: float = 0.0,
-    max_iterations: int = 100_000,
-    max_calls: int | None = None,
+    warm_start: Result | None = None,
     callback: Callback | None = None,
     throw: bool = False,
+    check: bool = True,
+    debug: bool = False,
+    **limits: Any,
 ) -> Result:
     """Run a method until the recomputed residual is at most ``atol + rtol * first residual``.
 
     Args:
         problem: The inclusion.
         solver: The method.
-        start: Replaces ``problem.start`` (warm start); it becomes the anchor.
-        atol: Absolute tolerance, >= 0.
-        rtol: Relative tolerance, >= 0.
-        max_iterations: Limit of steps.
-        max_calls: Limit of component evaluations, None for none; checked between steps.
-        callback: Called with (state, oracle) once per iteration; a true value stops.
+        start: Replaces ``problem.start``; it becomes the anchor.
+        warm_start: An earlier result; its point becomes the anchor and its constants are kept,
+            while counts (and with them the anchoring weights) begin again.
+        callback: Called with (state, oracle) once per iteration; a true value or an interrupt
+            from the keyboard stops.
         throw: Raise instead of returning a result that has not converged.
+        check: Ask for one component twice before the first step, to refuse random operators.
+        debug: Test the resolvent on random pairs first.
+        **limits: Fields of :class:`solvers.exits.Limits`: ``atol``, ``rtol``, ``max_iterations``,
+            ``max_calls``, ``time_limit``.
 
     Returns:
         The best point with its residual; never a residual that was not recomputed there.
 
     Raises:
-        ConfigError: for impossible tolerances or limits, or an operator that is not finite.
+        ConfigError: for impossible tolerances or limits, an operator that is not finite or not a
+            function, or (with ``debug``) a resolvent that is none.
         ConvergenceError: only with ``throw``.
     """
-    positive("atol", atol, zero=True)
-    positive("rtol", rtol, zero=True)
-    positive("max_iterations", max_iterations, zero=True)
-    began = time.perf_counter()
-    oracle = Oracle(problem)
-    first = oracle.structure.pack(problem.start if start is None else start, "start")
-    state = solver.init(oracle, first)
-    run = _Run(oracle, state, atol + rtol * state.residual)
-    while (status := run.verdict(state, max_iterations, max_calls, callback)) is None:
-        state = solver.step(oracle, state)
-        run.observe(state)
-    result = run.result(status, state, solver.name, time.perf_counter() - began)
+    if start is not None and warm_start is not None:
+        raise ConfigError("start and warm_start: expected one of them; remove the other")
+    bounds = Limits(**limits)
+    oracle = Oracle(problem, None if warm_start is None else warm_start.state)
+    first = warm_start.value if warm_start is not None else start
+    point = oracle.structure.pack(problem.start if first is None else first, "start")
+    if debug:
+        check_resolvent(oracle, point)
+    run = Run(oracle, solver, point, bounds, callback)
+    while True:
+        status = run.verdict()
+        if status is None:
+            if check and run.iterations == 0:
+                check_repeatable(oracle, run.state.lipschitz)
+            run.step()
+        elif not run.recover(status):
+            break
+    result = run.result(status)
     return result.raise_for_status() if throw else result
-
-
-def solve(problem: Problem, method: str = "halpern_restarted", **settings: Any) -> Result:
-    """Solve an inclusion by a method of the registry.
-
-    Args:
-        problem: What to solve.
-        method: A key of ``SOLVERS``.
-        **settings: Arguments of :func:`iterate`; all others go to the method.
-
-    Returns:
-        The result; see :class:`solvers.solution.Result`.
-
-    Raises:
-        ConfigError: for an unknown method or option, or a problem that the method refuses.
-        ConvergenceError: only with ``throw=True``.
-    """
-    of_loop = {key: settings.pop(key) for key in tuple(settings) if key in _LOOP_SETTINGS}
-    return iterate(problem, make_solver(method, **settings), **of_loop)
 
 
 def continuation(
@@ -187,6 +144,7 @@ def continuation(
             rtol=last_rtol if is_last else stage_rtol,
             max_iterations=max_iterations,
             callback=callback,
+            check=False,
         )
         results.append(result)
         if result.status is Status.STOPPED:
@@ -194,86 +152,48 @@ def continuation(
     return tuple(results)
 
 
-_LOOP_SETTINGS = frozenset(
-    ("start", "atol", "rtol", "max_iterations", "max_calls", "callback", "throw")
-)
+def solve(problem: Problem, method: str = "auto", **settings: Any) -> Result:
+    """Solve an inclusion by a method of the registry.
 
+    Args:
+        problem: What to solve.
+        method: A key of ``SOLVERS``, or ``auto`` for the default of the problem's class; the
+            result then gives the reason in ``detail``.
+        **settings: Arguments of :func:`iterate`; all others go to the method.
 
-class _Run:
-    """Bookkeeping of one run: best point, trace, the exit test."""
+    Returns:
+        The result; see :class:`solvers.solution.Result`.
 
-    def __init__(self, oracle: Oracle, state: State, tolerance: float) -> None:
-        self.oracle = oracle
-        self.tolerance = tolerance
-        self.best = state
-        self.iterations = -1
-        self.trace: list[TracePoint] = []
-        self.retry_below = float("inf")
-        self.checked: tuple[State, float] | None = None
-        self.observe(state)
-
-    def observe(self, state: State) -> None:
-        """Record one state."""
-        self.iterations += 1
-        self.trace.append(TracePoint(self.oracle.calls, state.residual, state.lipschitz))
-        if state.residual < self.best.residual:
-            self.best = state
-
-    def verdict(
-        self,
-        state: State,
-        max_iterations: int,
-        max_calls: int | None,
-        callback: Callback | None,
-    ) -> Status | None:
-        """Return why to stop, or None to continue."""
-        if callback is not None and callback(state, self.oracle):
-            return Status.STOPPED
-        if state.residual <= self.tolerance and state.residual < self.retry_below:
-            if self.certify(state) <= self.tolerance:
-                return Status.CONVERGED
-            # A claim that failed is not tested again before it has halved.
-            self.retry_below = state.residual / 2
-        if state.failure is not None:
-            return state.failure
-        if self.iterations >= max_iterations:
-            return Status.MAX_ITERATIONS
-        if max_calls is not None and self.oracle.calls >= max_calls:
-            return Status.MAX_CALLS
-        if self.tolerance > 0 and state.residual <= _floor(state):
-            return Status.STALLED
-        return None
-
-    def certify(self, state: State) -> float:
-        """Return the residual at the state's point from a full evaluation."""
-        if self.checked is not None and self.checked[0] is state:
-            return self.checked[1]
-        residual = state.residual
-        if not state.exact:
-            value = self.oracle.full(state.point)
-            residual = norm(value if state.normal is None else value + state.normal)
-        if residual <= self.tolerance:
-            self.best = state
-        self.checked = (state, residual)
-        return residual
-
-    def result(self, status: Status, state: State, method: str, seconds: float) -> Result:
-        """Assemble the result at the best point."""
-        return Result(
-            value=self.oracle.structure.unpack(self.best.point),
-            residual=self.certify(self.best),
-            status=status,
-            method=method,
-            iterations=self.iterations,
-            restarts=state.restarts,
-            oracle_calls=self.oracle.calls,
-            seconds=seconds,
-            lipschitz=state.lipschitz,
-            trace=tuple(self.trace),
+    Raises:
+        ConfigError: for an unknown method or option, or a problem that the method refuses.
+        ConvergenceError: only with ``throw=True``.
+    """
+    of_loop = {key: settings.pop(key) for key in tuple(settings) if key in _LOOP_SETTINGS}
+    if method != "auto":
+        return iterate(problem, make_solver(method, **settings), **of_loop)
+    choice = choose(problem)
+    throw = of_loop.pop("throw", False)
+    result = iterate(problem, make_solver(choice.method, **settings), **of_loop)
+    reason = f"Chosen as {choice.reason}."
+    if result.status is Status.ASSUMPTION_VIOLATED and choice.fallback is not None:
+        of_loop = {k: v for k, v in of_loop.items() if k not in ("start", "warm_start")}
+        first, result = (
+            result,
+            iterate(problem, make_solver(choice.fallback), start=result.value, **of_loop),
         )
+        result = _joined(first, result)
+        reason = f"Chosen after {choice.method} found the operator not to be cocoercive."
+    result = replace(result, detail=f"{result.detail} {reason}".lstrip())
+    return result.raise_for_status() if throw else result
 
 
-def _floor(state: State) -> float:
-    """Return the residual below which rounding of the point's dtype hides all progress."""
-    unit = torch.finfo(state.point.dtype).eps
-    return _FLOOR_UNITS * unit * state.lipschitz * norm(state.point)
+def _joined(first: Result, second: Result) -> Result:
+    """Return the second result with the cost of both runs."""
+    sums = ("iterations", "full_evals", "component_evals", "oracle_calls", "seconds")
+    costs = {name: getattr(first, name) + getattr(second, name) for name in sums}
+    shifted = tuple(p._replace(calls=p.calls + first.oracle_calls) for p in second.trace)
+    return replace(second, trace=first.trace + shifted, **costs)
+
+
+_LOOP_SETTINGS = frozenset(inspect.signature(iterate).parameters) - {"problem", "solver", "limits"}
+_LOOP_SETTINGS |= {each.name for each in fields(Limits)}

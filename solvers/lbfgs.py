@@ -16,9 +16,10 @@ from torch import Tensor
 
 from common.config import check_types
 from common.errors import ConfigError
-from solvers.iterate import State, register
+from solvers.iterate import register
+from solvers.lipschitz import first_lipschitz
 from solvers.oracle import Oracle
-from solvers.solution import Status
+from solvers.solution import State, Status
 from solvers.structure import inner, norm
 
 _UPPER = 0.8  # accepted slope above zero, relative to the first slope
@@ -62,16 +63,12 @@ class Lbfgs:
         if oracle.has_resolvent:
             raise ConfigError("method=lbfgs: cannot handle a resolvent; use method=halpern")
         value = oracle.first_value(start)
-        known = (oracle.problem.lipschitz_bound, oracle.problem.lipschitz_est)
-        lipschitz = next((c for c in known if c is not None), None)
-        if lipschitz is None:
-            lipschitz = oracle.lipschitz_est(start, value)
         return LbfgsState(
             point=start,
             normal=None,
             residual=norm(value),
             exact=True,
-            lipschitz=lipschitz or 1.0,
+            lipschitz=first_lipschitz(oracle, start, value),
             value=value,
         )
 

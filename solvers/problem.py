@@ -31,6 +31,7 @@ class Inclusion:
         lipschitz_bound: L such that F is L-Lipschitz (1/L-cocoercive where ``cocoercive``).
         lipschitz_est: A guess of L; the methods then enlarge it when F contradicts it.
         cocoercive: False forbids the methods that need cocoercivity; None means unknown.
+        linear: Whether F is linear (affine), so that its norm can be found by power iteration.
 
     Raises:
         ConfigError: for a constant that is negative, infinite or not a number, or a start that
@@ -44,6 +45,7 @@ class Inclusion:
     lipschitz_bound: float | None = None
     lipschitz_est: float | None = None
     cocoercive: bool | None = None
+    linear: bool = False
 
     def __post_init__(self) -> None:
         """Refuse constants and starting points that no theory covers."""

@@ -8,7 +8,7 @@ import torch
 from common.errors import ConfigError
 from solvers import Inclusion, Status, iterate, make_solver, solve, standard_problem
 
-MONOTONE = ("extragradient", "anchored_extragradient", "forb")
+MONOTONE = ("extragradient", "eag", "forb")
 ROUNDING = 1e-9
 
 
@@ -32,14 +32,14 @@ def test_skew_operator_is_solved(method):
     assert float(plain.norm()) > float(problem.start.norm())
 
 
-def test_anchored_extragradient_meets_its_rate():
+def test_fast_extragradient_meets_its_rate():
     """Oracle: |F(z_k)| <= 2 L D / k for every k, without restarts."""
     for problem in (plane_rotation(), standard_problem("saddle", size=20).problem):
         seen = []
-        truth = solve(problem, "anchored_extragradient", atol=1e-9).value
+        truth = solve(problem, "feg", atol=1e-9).value
         iterate(
             problem,
-            make_solver("anchored_extragradient", restart_factor=0.0),
+            make_solver("feg", restart_factor=0.0),
             atol=0.0,
             max_iterations=200,
             callback=lambda state, oracle, seen=seen: seen.append(state.residual),
@@ -111,7 +111,7 @@ def test_refuses_operators_that_are_not_monotone_or_not_finite(method):
     [
         ("extragradient", {"step_scale": 1.5}),
         ("extragradient", {"step_scale": 0.0}),
-        ("anchored_extragradient", {"restart_factor": 1.0}),
+        ("eag", {"restart_factor": 1.0}),
         ("forb", {"step_scale": 0.6}),
     ],
 )

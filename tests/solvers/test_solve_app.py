@@ -16,8 +16,8 @@ BEST = {
     "least_squares": "halpern_restarted",
     "box_least_squares": "halpern_anderson",
     "rotation": "halpern_restarted",
-    "saddle": "anchored_extragradient",
-    "matrix_game": "anchored_extragradient",
+    "saddle": "feg",
+    "matrix_game": "eag",
 }
 
 
