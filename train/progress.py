@@ -74,6 +74,7 @@ class Progress(EachStep):
     def __init__(self, every: int):
         super().__init__(every)
         self.loss = float("nan")
+        self._losses: list[torch.Tensor] = []
         self._tokens = self._seconds = 0.0
         self._window = (0.0, 0.0)
         self._since: float | None = None
@@ -124,18 +125,22 @@ class Progress(EachStep):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add the batch's tokens."""
+        """Add the batch's tokens and its loss to those of its step."""
         self._tokens += self.amount(batch) * trainer.world_size
+        # Lightning hands back what it accumulates: the loss over the number of micro-batches.
+        self._losses.append(outputs["loss"].detach())
+        is_end_of_step = trainer.global_step != self._seen
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if is_end_of_step:
+            self._losses.clear()
 
     def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
-        """Log loss (nats), learning-rate factor and speed since the last log."""
+        """Log the step's loss (nats), learning-rate factor and speed since the last log."""
         tokens, seconds = self._tokens - self._window[0], self._seconds - self._window[1]
         self._window = (self._tokens, self._seconds)
         # The scheduler has moved on: this is the factor of the step just done.
         factor = pl_module.schedule.factor(trainer.global_step - 1, pl_module.total_steps)
-        # Lightning hands back what it accumulates: the loss over the number of micro-batches.
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        loss = torch.stack(self._losses).sum()
         self.loss = float(trainer.strategy.reduce(loss, reduce_op="mean"))
         if not math.isfinite(self.loss):
             raise ConvergenceError(

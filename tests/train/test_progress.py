@@ -10,6 +10,15 @@ from train import progress
 from train.callbacks import Checkpoint, Sample
 from train.progress import Bar, EachStep, Progress
 
+LOSS = {"loss": torch.tensor(1.0)}
+# As much of a LightningModule as the log of a step reads.
+MODULE = SimpleNamespace(
+    schedule=SimpleNamespace(factor=lambda *a: 1.0),
+    optim=SimpleNamespace(lr=1.0),
+    total_steps=9,
+    device=torch.device("cpu"),
+)
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -37,18 +46,17 @@ def test_only_training_counts_as_training_time(clock):
 
     watch, slow = Progress(10), Slow(2)
     state = trainer(watch, slow)
-    module = SimpleNamespace(device=torch.device("cpu"))
     for callback in (watch, slow):
-        callback.on_train_start(state, module)
+        callback.on_train_start(state, MODULE)
     for step in range(1, 5):
         clock.seconds += 2
         state.global_step = step
         for callback in (watch, slow):
-            callback.on_train_batch_end(state, module, {}, torch.zeros(3, 11), 0)
-    watch.on_validation_start(state, module)
+            callback.on_train_batch_end(state, MODULE, LOSS, torch.zeros(3, 11), 0)
+    watch.on_validation_start(state, MODULE)
     clock.seconds += 1000
     state.callback_metrics["train/val_bits_per_byte"] = 1.0
-    watch.on_validation_end(state, module)
+    watch.on_validation_end(state, MODULE)
     watch.stop_clock(torch.device("cpu"))
     assert watch.tokens_per_s == pytest.approx(4 * 3 * 10 / 8)
 
@@ -102,11 +110,23 @@ def test_ranks_agree_on_stopping_only_now_and_then(tmp_path):
     assert asked == [10, 20]
 
 
+def test_the_logged_loss_is_that_of_the_whole_step():
+    """Oracle: the mean over the step's two micro-batches, of which Lightning hands back halves."""
+    watch, state = Progress(2), trainer(accumulate_grad_batches=2)
+    watch.on_train_start(state, MODULE)
+    for batch, loss in enumerate([7.0, 9.0, 1.0, 3.0, 2.0]):
+        state.global_step = (batch + 1) // 2
+        outputs = {"loss": torch.tensor(loss) / 2}
+        watch.on_train_batch_end(state, MODULE, outputs, torch.zeros(3, 11), batch)
+    assert watch.loss == 2.0
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_diverged_run_stops_with_one_line(loss):
     """The step, the value and what to lower; nothing is trained on a lost model."""
-    watch = Progress(1)
-    module = SimpleNamespace(schedule=SimpleNamespace(factor=lambda *a: 1.0), total_steps=9)
-    with pytest.raises(ConvergenceError, match=r"at step 0.*lower optim\.lr") as caught:
-        watch.on_step(trainer(watch), module, {"loss": torch.tensor(loss)})
+    watch, state = Progress(1), trainer()
+    watch.on_train_start(state, MODULE)
+    state.global_step = 1
+    with pytest.raises(ConvergenceError, match=r"at step 1.*lower optim\.lr") as caught:
+        watch.on_train_batch_end(state, MODULE, {"loss": torch.tensor(loss)}, torch.zeros(3, 11), 0)
     assert "\n" not in str(caught.value)
