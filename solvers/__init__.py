@@ -5,6 +5,7 @@ from solvers import extragradient as _extragradient
 from solvers import forb as _forb
 from solvers import halpern as _halpern
 from solvers import lbfgs as _lbfgs
+from solvers import resolvent_halpern as _resolvent_halpern
 from solvers.bilinear import bilinear_sum as bilinear_sum
 from solvers.finite_sum import FiniteSumInclusion as FiniteSumInclusion
 from solvers.iterate import SOLVERS as SOLVERS
@@ -21,4 +22,4 @@ from solvers.solution import Result as Result
 from solvers.solution import Status as Status
 from solvers.solution import TracePoint as TracePoint
 
-del _anderson, _extragradient, _forb, _halpern, _lbfgs
+del _anderson, _extragradient, _forb, _halpern, _lbfgs, _resolvent_halpern
