@@ -120,8 +120,7 @@ class Shards:
         self.handles = [
             torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in self.parts[rank]
         ]
-        for handle in self.handles:
-            handle.grad = torch.zeros_like(handle)
+        self._gradients = [torch.zeros_like(handle) for handle in self.handles]
         self._own = {
             id(p): handle for p, handle in zip(self.parts[rank], self.handles, strict=True)
         }
@@ -131,13 +130,19 @@ class Shards:
         return self._own.get(id(p))
 
     def collect(self) -> None:
-        """Assemble value and gradient of the parameters that this rank owns."""
+        """Assemble value and gradient of the parameters that this rank owns.
+
+        Where there is no gradient, which all ranks see alike, there is none to act on either.
+        """
         sent = [[*map(_local, part), *map(_local_gradient, part)] for part in self.parts]
         received = [
-            [*self._rows(self.handles, source), *self._rows(map(_gradient, self.handles), source)]
+            [*self._rows(self.handles, source), *self._rows(self._gradients, source)]
             for source in range(self.world_size)
         ]
         _all_to_all(sent, received)
+        rows = zip(self.parts[self.rank], self.handles, self._gradients, strict=True)
+        for p, handle, gradient in rows:
+            handle.grad = None if p.grad is None else gradient
 
     def deliver(self) -> None:
         """Hand the rows of every updated parameter to the ranks that hold them."""
@@ -213,11 +218,6 @@ def _local(p: Any) -> Tensor:
 
 def _local_gradient(p: Any) -> Tensor:
     return torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad)
-
-
-def _gradient(handle: Tensor) -> Tensor:
-    assert handle.grad is not None
-    return handle.grad
 
 
 def _all_to_all(sent: list[list[Tensor]], received: list[list[Tensor]]) -> None:

@@ -24,7 +24,8 @@ from train.module import LipschitzModule
 from train.optim import Muon
 from train.sharding import ShardedMuon
 
-SHAPES = [(12, 20)] * 3 + [(16, 8)] * 2 + [(7, 9), (5,), (30, 6)]
+# The last one never gets a gradient: it is frozen.
+SHAPES = [(12, 20)] * 3 + [(16, 8)] * 2 + [(7, 9), (5,), (30, 6), (9, 4)]
 COMMON = ("data=local", "model=nano", "device=cpu", "logger=csv", "trainer.batch_size=2")
 COMMON += ("trainer.val_every=0", "trainer.final_windows=8", "callbacks.sample_every=0")
 COMMON += ("callbacks.certificate_every=3", "trainer.devices=2", "trainer.max_steps=6")
@@ -44,7 +45,7 @@ def parameters(sharded):
         mesh = init_device_mesh("cpu", (2,))
         params = [nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)])) for p in params]
     kinds = ((3, "muon", "soft_cap"), (2, "muon", "spectral_normalize"), (1, "rows", "row_clip"))
-    kinds += ((1, "adamw", "none"), (1, "adamw", "exact_cap"))
+    kinds += ((1, "adamw", "none"), (1, "adamw", "exact_cap"), (1, "muon", "exact_cap"))
     groups, rest = [], list(params)
     for count, kind, constraint in kinds:
         groups.append({"params": rest[:count], "kind": kind, "constraint": constraint})
@@ -53,10 +54,10 @@ def parameters(sharded):
 
 
 def walk(params, optimizer, steps, seed):
-    """Step on gradients that depend on the seed alone."""
+    """Step on gradients that depend on the seed alone; the frozen parameter has none."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        for p in params:
+        for p in params[:-1]:
             p.grad = torch.randn(p.shape, generator=generator)
             if isinstance(p, DTensor):
                 p.grad = distribute_tensor(p.grad, p.device_mesh, [Shard(0)])
