@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 from common.config import build, check_types, one_of, positive
@@ -10,12 +12,15 @@ from common.runs import Outcome, Run
 from common.tracking import record
 from solvers.iterate import SOLVERS, make_solver
 from solvers.iterate import solve as solve_problem
-from solvers.library import PROBLEMS, standard_problem
+from solvers.library import PROBLEMS, KnownProblem, standard_problem
+from solvers.oracle import Oracle
 from solvers.solution import Result
+from solvers.trace import residual_trace, write_trace
 
 log = logging.getLogger(__name__)
 
-_MAX_ROWS = 500  # rows of the trace that are logged
+AUTO = "auto"
+_FIRST_NEWS_S = 2.0  # a run that is over earlier says nothing on the way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,40 +29,55 @@ class SolveSettings:
 
     Attributes:
         problem: A key of ``solvers.library.PROBLEMS``.
-        method: A key of ``solvers.SOLVERS``.
-        size: Number of unknowns.
+        method: ``auto`` or a key of ``solvers.SOLVERS``.
+        size: Number of unknowns; None for the problem's own.
         atol: Absolute tolerance of the residual.
         rtol: Tolerance relative to the first residual.
         max_iterations: Limit of steps.
-        max_calls: Limit of operator evaluations; null for none.
+        max_calls: Limit of oracle calls in components; None for none.
+        time_limit: Limit in seconds; None for none.
         options: Settings of the method, such as ``{restart_factor: 0.3}``.
+        problem_options: Settings of the problem, such as ``{components: 1024}``.
     """
 
     problem: str = "least_squares"
-    method: str = "halpern_restarted"
-    size: int = 50
+    method: str = AUTO
+    size: int | None = None
     atol: float = 1e-6
     rtol: float = 0.0
-    max_iterations: int = 20_000
+    max_iterations: int = 100_000
     max_calls: int | None = None
+    time_limit: float | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    problem_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Validate every field, the method's own options included."""
         check_types(self)
-        one_of("solve.problem", self.problem, sorted(PROBLEMS))
-        one_of("solve.method", self.method, sorted(SOLVERS))
-        if self.size < 2:
-            raise ConfigError(f"solve.size={self.size}: expected at least 2 unknowns")
+        one_of("problem", self.problem, sorted(PROBLEMS))
+        one_of("method", self.method, [AUTO, *sorted(SOLVERS)])
         for name in ("atol", "rtol", "max_iterations"):
             positive(f"solve.{name}", getattr(self, name), zero=True)
-        if self.max_calls is not None:
-            positive("solve.max_calls", self.max_calls)
-        make_solver(self.method, **self.options)
+        for name in ("size", "max_calls", "time_limit"):
+            if (value := getattr(self, name)) is not None:
+                positive(f"solve.{name}", value)
+        if self.method != AUTO:
+            make_solver(self.method, **self.options)
+        elif self.options:
+            raise ConfigError(
+                f"solve.options={self.options}: method=auto takes none; name the method as well"
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether the method draws components at random."""
+        if self.method == AUTO:
+            return False
+        return "seed" in {field.name for field in dataclasses.fields(SOLVERS[self.method])}
 
 
 def solve(cfg: Any, run: Run) -> Outcome:
-    """Solve a standard problem; reads ``solve``, ``seed`` and ``logger``.
+    """Solve a standard problem; reads ``problem``, ``method``, ``solve``, ``seed``, ``logger``.
 
     A run that stops before its tolerance is a result, not an error: the status is logged and the
     residual says how far it came.
@@ -66,35 +86,72 @@ def solve(cfg: Any, run: Run) -> Outcome:
         ConfigError: for a method that the problem's structure rules out.
     """
     settings: SolveSettings = build(cfg.solve)
-    known = standard_problem(settings.problem, size=settings.size, seed=int(cfg.seed))
-    result = solve_problem(
+    seed = int(cfg.seed)
+    known = standard_problem(
+        settings.problem, size=settings.size, seed=seed, **settings.problem_options
+    )
+    # One evaluation of the matrix form reads all components of the sum.
+    components = known.num_components
+    if settings.samples:
+        known = known.as_sum()
+    scale = components // known.problem.num_components
+    result = _run(known, settings, seed, scale)
+    log.info("%s: %s", settings.problem, result.message)
+    trace = residual_trace(result, scale)
+    artifacts = write_trace(run.directory, trace, f"{settings.problem}: {result.method}")
+    record(build(cfg.logger), run, {row.iteration: row.metrics() for row in trace})
+    return Outcome(
+        metrics=_figures(known, result, scale),
+        artifacts=artifacts,
+        objective=float(scale * result.oracle_calls) if result.converged else float("inf"),
+        notes={"status": result.message, "problem": PROBLEMS[settings.problem].about},
+    )
+
+
+def _run(known: KnownProblem, settings: SolveSettings, seed: int, scale: int) -> Result:
+    options = dict(settings.options)
+    if settings.samples:
+        options.setdefault("seed", seed)
+    return solve_problem(
         known.problem,
         settings.method,
         atol=settings.atol,
         rtol=settings.rtol,
         max_iterations=settings.max_iterations,
-        max_calls=settings.max_calls,
-        **settings.options,
-    )
-    log.info("%s: %s", settings.problem, result.message)
-    record(build(cfg.logger), run, _rows(result))
-    return Outcome(
-        metrics={
-            "solve/residual": result.residual,
-            "solve/error": known.error(result.value),
-            "solve/iterations": float(result.iterations),
-            "solve/evals": float(result.oracle_calls),
-            "solve/seconds": result.seconds,
-        },
-        artifacts={},
-        objective=float(result.oracle_calls) if result.converged else float("inf"),
+        max_calls=None if settings.max_calls is None else max(1, settings.max_calls // scale),
+        time_limit=settings.time_limit,
+        callback=_progress(time.perf_counter()),
+        **options,
     )
 
 
-def _rows(result: Result) -> dict[int, dict[str, float]]:
-    stride = max(1, len(result.trace) // _MAX_ROWS)
+def _progress(began: float) -> Callable[[Any, Oracle], None]:
+    """Return a callback that logs at moments of doubling distance."""
+    due, steps, best = _FIRST_NEWS_S, 0, float("inf")
+
+    def news(state: Any, oracle: Oracle) -> None:
+        nonlocal due, steps, best
+        steps, best = steps + 1, min(best, state.residual)
+        passed = time.perf_counter() - began
+        if passed >= due:
+            due = 2 * passed
+            epochs = oracle.calls / oracle.num_components
+            log.info(
+                "%.0f s: iteration %d, %.4g evaluations, residual %.2e, best %.2e, restarts %d",
+                *(passed, steps, epochs, state.residual, best, state.restarts),
+            )
+
+    return news
+
+
+def _figures(known: KnownProblem, result: Result, scale: int) -> dict[str, float]:
     return {
-        step: {"solve/residual": point.residual, "solve/evals": float(point.calls)}
-        for step, point in enumerate(result.trace)
-        if step % stride == 0
+        "solve/residual": result.residual,
+        "solve/error": known.error(result.value),
+        "solve/proved_error": known.proves(result.value, result.residual),
+        "solve/iterations": float(result.iterations),
+        "solve/evals": float(scale * result.oracle_calls),
+        "solve/full_evals": float(result.full_evals),
+        "solve/component_evals": float(result.component_evals),
+        "solve/seconds": result.seconds,
     }

@@ -61,11 +61,12 @@ class KnownProblem:
 
 
 class Entry(NamedTuple):
-    """A problem of the registry: its builder, default size, smallest size and one line on it."""
+    """A problem of the registry: its builder, default and admissible sizes, one line on it."""
 
     build: Callable[..., KnownProblem]
     size: int
     smallest: int
+    largest: int
     about: str
 
     @property
@@ -79,7 +80,7 @@ PROBLEMS: dict[str, Entry] = {}
 
 
 def problem(
-    name: str, *, size: int, smallest: int = 2
+    name: str, *, size: int, smallest: int = 2, largest: int = 10**6
 ) -> Callable[[Callable[..., KnownProblem]], Callable[..., KnownProblem]]:
     """Return a decorator that registers ``build(size, generator, *, option=default, ...)``.
 
@@ -87,11 +88,12 @@ def problem(
         name: What the command line calls it.
         size: Unknowns when none are asked for.
         smallest: Fewest unknowns that make sense.
+        largest: Most unknowns.
     """
 
     def decorate(build: Callable[..., KnownProblem]) -> Callable[..., KnownProblem]:
         about = (build.__doc__ or "").strip().partition("\n")[0]
-        PROBLEMS[name] = Entry(build=build, size=size, smallest=smallest, about=about)
+        PROBLEMS[name] = Entry(build, size, smallest, largest, about)
         return build
 
     return decorate
@@ -115,9 +117,9 @@ def standard_problem(
     one_of("problem", name, sorted(PROBLEMS))
     entry = PROBLEMS[name]
     size = entry.size if size is None else size
-    if size < entry.smallest:
+    if not entry.smallest <= size <= entry.largest:
         raise ConfigError(
-            f"size={size}: expected at least {entry.smallest} unknowns for problem={name}"
+            f"size={size}: problem={name} expected {entry.smallest} to {entry.largest} unknowns"
         )
     known = entry.options
     for key, value in options.items():
