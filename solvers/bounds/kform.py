@@ -9,12 +9,15 @@ bound, and the checker evaluates it again. Source: spec bound_tightening 2.2 to 
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.config import one_of, positive
+from solvers.bounds.spectrum import Dense, Engine, Halved, Krylov, Spectrum
+from solvers.bounds.terms import Factor as Factor
+from solvers.bounds.terms import Term as Term
 from solvers.iterate import continuation, make_solver
 from solvers.problem import Inclusion
 
@@ -23,25 +26,9 @@ from solvers.problem import Inclusion
 METHODS = ("halpern", "halpern_reflected", "halpern_restarted", "halpern_anderson", "lbfgs")
 MU_STAGES = (16.0, 4.0, 1.0)
 _RANGE = 20.0  # largest change of a log multiplier
-_DROP = 1e-14  # softmax weights below this are left out
-
-
-class Factor(NamedTuple):
-    """``rows^T diag(e^(sign theta_group)) rows`` placed at ``offset`` in the term's matrix."""
-
-    rows_RD: Tensor
-    group_R: Tensor
-    sign: int
-    offset: int = 0
-
-
-class Term(NamedTuple):
-    """One eigenvalue: its weight, the constant part (or None) and the factors."""
-
-    dim: int
-    weight: float
-    constant_DD: Tensor | None
-    factors: tuple[Factor, ...]
+_DROP = 1e-12  # softmax weights below this are left out
+HALVED_DIM = 64  # of terms decomposed at half their size
+KRYLOV_DIM = 2048  # of terms too large to decompose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +37,9 @@ class KSolution:
 
     Attributes:
         theta: (N,) log multipliers of the best primal value, float64.
-        primal: Value at ``theta`` in float64 without rounding margin.
+        primal: Value at ``theta`` in float64 without rounding margin, never an estimate.
         dual: Lower bound of the optimal value.
-        evals: Eigen-decompositions of the whole sum.
+        evals: Spectra of the whole sum.
         seconds: Wall time.
     """
 
@@ -67,8 +54,9 @@ class KForm:
     """The objective with its gradient and dual bound; remembers the best of both.
 
     Attributes:
-        evals: Eigen-decompositions so far.
-        best: Smallest primal value seen, and ``best_theta`` where.
+        evals: Spectra of the whole sum so far.
+        best: Smallest primal value seen, and ``best_theta`` where; an estimate from below until
+            :meth:`settle`, unless every term is decomposed in full.
         dual: Largest dual value seen.
     """
 
@@ -79,8 +67,9 @@ class KForm:
         self.best = math.inf
         self.best_theta = torch.zeros(num_multipliers, dtype=torch.float64)
         self.dual = -math.inf
-        self._theta: Tensor | None = None
-        self._eigen: list[tuple[Tensor, Tensor]] = []
+        self._engines = [choose_engine(term) for term in terms]
+        self._is_coupled = len(terms) == 1 and terms[0].is_coupled
+        self._seen: tuple[Tensor, float, list[Spectrum]] | None = None
 
     @property
     def log_dim(self) -> float:
@@ -89,40 +78,50 @@ class KForm:
 
     def matrix(self, term: Term, theta_N: Tensor) -> Tensor:
         """Return the symmetric matrix (D, D) of one term."""
-        if term.constant_DD is None:
-            k_DD = theta_N.new_zeros(term.dim, term.dim)
-        else:
-            k_DD = term.constant_DD.clone()
-        for rows_RD, group_R, sign, offset in term.factors:
-            scaled_RD = rows_RD * torch.exp(0.5 * sign * theta_N[group_R])[:, None]
-            stop = offset + rows_RD.shape[1]
-            k_DD[offset:stop, offset:stop] += scaled_RD.mT @ scaled_RD
-        return k_DD
-
-    def eigenvalues(self, theta_N: Tensor) -> tuple[float, ...]:
-        """Return the largest eigenvalue of each term at ``theta``."""
-        if self._theta is None or not torch.equal(theta_N, self._theta):
-            self._eigen = [torch.linalg.eigh(self.matrix(t, theta_N)) for t in self.terms]
-            self._theta = theta_N.clone()
-            self.evals += 1
-        return tuple(float(values[-1]) for values, _ in self._eigen)
+        return term.matrix(theta_N)
 
     def value(self, theta_N: Tensor) -> float:
-        """Return the primal value at ``theta`` (one eigen-decomposition per term)."""
-        tops = self.eigenvalues(theta_N)
-        primal = sum(term.weight * top for term, top in zip(self.terms, tops, strict=True))
-        if primal < self.best:
-            self.best, self.best_theta = primal, theta_N.clone()
+        """Return the primal value at ``theta``, exact to rounding (eigenvalues alone)."""
+        primal = 0.0
+        for term in self.terms:
+            primal += term.weight * float(torch.linalg.eigvalsh(term.matrix(theta_N))[-1])
+        self._record(theta_N, primal)
         return primal
+
+    def settle(self) -> None:
+        """Replace the estimate of the best primal value by the exact value there."""
+        if all(engine.is_exact for engine in self._engines):
+            return
+        theta_N, self.best = self.best_theta, math.inf
+        self.value(theta_N)
+
+    def refine(self) -> bool:
+        """Make the estimates more accurate; false when they already are as good as they get."""
+        self._seen = None
+        return sum(engine.refine() for engine in self._engines) > 0
+
+    def spectra(self, theta_N: Tensor, mu: float) -> list[Spectrum]:
+        """Return the top of every term's spectrum, as much of it as ``mu`` asks for."""
+        if self._seen is not None:
+            old_N, old_mu, spectra = self._seen
+            serves = all(engine.serves(old_mu, mu) for engine in self._engines)
+            if serves and torch.equal(theta_N, old_N):
+                return spectra
+        spectra = [engine(theta_N, mu) for engine in self._engines]
+        self._seen = theta_N.clone(), mu, spectra
+        self.evals += 1
+        tops = [float(spectrum.values_R[-1]) for spectrum in spectra]
+        primal = sum(term.weight * top for term, top in zip(self.terms, tops, strict=True))
+        self._record(theta_N, primal)
+        return spectra
 
     def moments(self, theta_N: Tensor, mu: float) -> tuple[Tensor, Tensor]:
         """Return ``(p, q)``, each (N,): mean weights of ``A_i`` and ``B_i`` under the softmax.
 
-        Updates the dual bound on the way.
+        Updates the primal and the dual bound on the way.
         """
-        self.value(theta_N)
         p_N, q_N, constant, divisor = torch.zeros_like(theta_N), torch.zeros_like(theta_N), 0.0, 1.0
-        for term, (values, vectors) in zip(self.terms, self._eigen, strict=True):
+        for term, (values, vectors) in zip(self.terms, self.spectra(theta_N, mu), strict=True):
             weights = torch.softmax(values / mu, 0)
             keep = weights > _DROP
             weights, vectors = weights[keep] / weights[keep].sum(), vectors[:, keep]
@@ -134,10 +133,15 @@ class KForm:
             if term.constant_DD is not None:
                 product = (vectors * (term.constant_DD @ vectors)).sum(0) @ weights
                 constant += term.weight * float(product)
-                divisor *= _balance(term, vectors, weights)
+            if self._is_coupled:
+                divisor = _balance(term, vectors, weights)
         dual = constant + 2 * float((p_N * q_N).sqrt().sum())
         self.dual = max(self.dual, dual / divisor if dual > 0 else dual)
         return p_N, q_N
+
+    def _record(self, theta_N: Tensor, primal: float) -> None:
+        if primal < self.best:
+            self.best, self.best_theta = primal, theta_N.clone()
 
     def gradient(self, theta_N: Tensor, mu: float) -> Tensor:
         """Return the gradient (N,) of the smoothed objective."""
@@ -175,7 +179,7 @@ def minimise(
         form: The objective; its memory of best values is used and updated.
         theta0_N: First log multipliers, float64.
         gap: Wanted absolute distance between primal and dual, > 0.
-        max_evals: Limit of eigen-decompositions (a line search may pass it by a few).
+        max_evals: Limit of spectra (a line search may pass it by a few).
         method: One of ``METHODS``.
         mu_stages: Smoothings in units of the last one, decreasing.
 
@@ -194,13 +198,19 @@ def minimise(
     def done(*_: Any) -> bool:
         return form.best - form.dual <= gap or form.evals >= max_evals
 
-    form.moments(theta0_N, mu)
-    if not done():
-        stages = [
-            lambda start_N, scale=scale: form.problem(start_N, scale * mu, theta0_N)
-            for scale in mu_stages
-        ]
-        continuation(stages, make_solver(method), theta0_N, callback=done)
+    stages = [
+        lambda start_N, scale=scale: form.problem(start_N, scale * mu, theta0_N)
+        for scale in mu_stages
+    ]
+    form.moments(theta0_N, mu_stages[0] * mu)
+    start_N = theta0_N
+    while not done():
+        continuation(stages, make_solver(method), start_N, callback=done)
+        form.settle()
+        if done() or not form.refine():
+            break
+        start_N = form.best_theta
+    form.settle()
     return KSolution(
         theta=form.best_theta,
         primal=form.best,
@@ -210,8 +220,16 @@ def minimise(
     )
 
 
+def choose_engine(term: Term) -> Engine:
+    """Return the cheapest way to see the top of a term's spectrum."""
+    if term.dim >= KRYLOV_DIM:
+        return Krylov(term)
+    if term.dim >= HALVED_DIM and term.is_coupled and 2 * term.split == term.dim:
+        return Halved(term)
+    return Dense(term)
+
+
 def _balance(term: Term, vectors: Tensor, weights: Tensor) -> float:
     """Return ``2 sqrt(tr Z_xx tr Z_yy)``: rescaling the two blocks of Z to trace one is free."""
-    split = max(factor.offset for factor in term.factors)
-    trace_x = float(vectors[:split].square().sum(0) @ weights)
+    trace_x = float(vectors[: term.split].square().sum(0) @ weights)
     return 2 * math.sqrt(max(trace_x * (1 - trace_x), 1e-300))
