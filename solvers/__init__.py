@@ -4,8 +4,11 @@ from solvers import anderson as _anderson
 from solvers import extragradient as _extragradient
 from solvers import forb as _forb
 from solvers import halpern as _halpern
+from solvers import inexact_halpern as _inexact_halpern
 from solvers import lbfgs as _lbfgs
 from solvers import resolvent_halpern as _resolvent_halpern
+from solvers import vr_extragradient as _vr_extragradient
+from solvers import vr_halpern as _vr_halpern
 from solvers.bilinear import bilinear_sum as bilinear_sum
 from solvers.finite_sum import FiniteSumInclusion as FiniteSumInclusion
 from solvers.iterate import SOLVERS as SOLVERS
@@ -22,4 +25,5 @@ from solvers.solution import Result as Result
 from solvers.solution import Status as Status
 from solvers.solution import TracePoint as TracePoint
 
-del _anderson, _extragradient, _forb, _halpern, _lbfgs, _resolvent_halpern
+del _anderson, _extragradient, _forb, _halpern, _inexact_halpern, _lbfgs, _resolvent_halpern
+del _vr_extragradient, _vr_halpern
