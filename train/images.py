@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -62,7 +61,8 @@ def train_images(
 
     Returns:
         Loss and accuracy on both parts, speed, naive bound; the artifact ``bundle``; the
-        objective is the share of wrong answers on the validation split.
+        objective is the share of wrong answers on the validation split. Nothing on the ranks that
+        do not lead.
 
     Raises:
         ConfigError, DataError: before anything is trained.
@@ -83,6 +83,8 @@ def train_images(
     ]
     trainer = fit(module, data, callbacks, settings, cfg, run)
     model = finished(module, trainer, settings)
+    if not trainer.is_global_zero:
+        return Outcome()  # The leading rank alone measures, proves and stores the model.
     certificate = certify(model, tighten=loop.certify == "tightened")
     metrics = _final_metrics(model, images, settings) | certificate_figures(certificate)
     metrics |= {
@@ -92,20 +94,18 @@ def train_images(
         "train/images_per_s": progress.tokens_per_s,
     }
     log_final(trainer, metrics)
-    artifacts: dict[str, Path] = {}
-    if trainer.is_global_zero:
-        margins = image_margins(model, images.val_NI, images.val_labels_N)
-        write_json(run.directory / MARGINS_FILE, margins)
-        proof = certificate if certificate.multipliers else None
-        artifacts["bundle"] = store(run, model.cpu(), settings, certificate=proof, metrics=metrics)
-        log.info(
-            "accuracy %.4f, naive bound %.4g, largest norm %.4f",
-            metrics["train/val_acc_full"],
-            metrics["cert/naive"],
-            max(matrix_norms(model).values()),
-        )
+    margins = image_margins(model, images.val_NI, images.val_labels_N)
+    write_json(run.directory / MARGINS_FILE, margins)
+    proof = certificate if certificate.multipliers else None
+    bundle = store(run, model.cpu(), settings, certificate=proof, metrics=metrics)
+    log.info(
+        "accuracy %.4f, naive bound %.4g, largest norm %.4f",
+        metrics["train/val_acc_full"],
+        metrics["cert/naive"],
+        max(matrix_norms(model).values()),
+    )
     objective = 1 - metrics["train/val_acc_full"]
-    return Outcome(metrics=metrics, artifacts=artifacts, objective=objective)
+    return Outcome(metrics=metrics, artifacts={"bundle": bundle}, objective=objective)
 
 
 def _module_and_data(

@@ -56,7 +56,8 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
 
     Returns:
         Validation figures, speed, corpus entropy, naive bound; artifacts ``bundle`` and
-        ``samples``; the objective is the validation loss in bits per byte.
+        ``samples``; the objective is the validation loss in bits per byte. Nothing on the ranks
+        that do not lead.
 
     Raises:
         ConfigError, DataError: before anything is trained.
@@ -76,6 +77,8 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
     callbacks = _callbacks(progress, corpus, model, settings, run.directory)
     trainer = fit(module, data, callbacks, settings, cfg, run)
     model = finished(module, trainer, settings)
+    if not trainer.is_global_zero:
+        return Outcome()  # The leading rank alone measures, proves and stores the model.
     certificate = _certificate(model, settings)
     metrics = _final_metrics(model, corpus, settings) | certificate_figures(certificate)
     metrics |= {
@@ -85,12 +88,11 @@ def train_language(cfg: DictConfig, source: DataConfig, settings: Settings, run:
         "train/tokens_per_s": progress.tokens_per_s,
     }
     log_final(trainer, metrics)
-    if trainer.is_global_zero:
-        context = model.config.context
-        windows_NT = corpus.windows("val", context, max(1, MOST_POSITIONS // context))
-        margins = text_margins(model, windows_NT, certificate)
-        write_json(run.directory / MARGINS_FILE, margins)
-    return _outcome(model.cpu(), corpus, certificate, metrics, run, trainer, settings)
+    context = model.config.context
+    windows_NT = corpus.windows("val", context, max(1, MOST_POSITIONS // context))
+    margins = text_margins(model, windows_NT, certificate)
+    write_json(run.directory / MARGINS_FILE, margins)
+    return _outcome(model.cpu(), corpus, certificate, metrics, run, settings)
 
 
 def build_model(cfg: DictConfig, corpus: Corpus, settings: Settings) -> LipschitzTransformer:
@@ -180,12 +182,9 @@ def _outcome(
     certificate: Certificate,
     metrics: dict[str, float],
     run: Run,
-    trainer: L.Trainer,
     settings: Settings,
 ) -> Outcome:
     objective = metrics["train/val_bits_per_byte"]
-    if not trainer.is_global_zero:
-        return Outcome(metrics=metrics, objective=objective)
     write_json(run.directory / "corpus.json", corpus.describe())
     bundle = store(
         run,
