@@ -1,6 +1,6 @@
 """Top of a term's spectrum: dense, reduced to half the size, or by warm-started block Krylov.
 
-All three return orthonormal vectors, from which a dual bound follows whatever their accuracy. The
+All three return unit vectors, from which a dual bound follows whatever their accuracy. The
 values of the last two are Rayleigh quotients: estimates from below, never bounds.
 Source: spec bound_tightening 6.1 (low-rank mode); the reduction is a Schur complement.
 """
@@ -20,6 +20,9 @@ RANK = 32  # vectors of the Krylov search
 ACCURACY = 0.03  # residual that ends it, see ``Krylov``
 _SHIFT_ERROR = 0.02  # allowed effect of the shift on an eigenvalue, in units of mu
 _MAX_SHIFTS = 4
+_TOP_UNITS = 1e-13  # the same for an exact eigenvalue, relative
+COARSE_DIM = 512  # of terms that may be decomposed in float32
+_COARSE_UNITS = 5e-5  # mu over the top above which float32 resolves it
 _MAX_SHARE = 0.05  # squared weight of the eliminated half beyond which the reduction is no use
 _MAX_BLOCKS = 6  # basis over searched vectors before a restart
 _MAX_EXPANSIONS = 30
@@ -29,7 +32,7 @@ _SEED = 0
 
 
 class Spectrum(NamedTuple):
-    """Largest eigenvalues, ascending, with orthonormal vectors in the columns."""
+    """Largest eigenvalues, ascending, with unit vectors in the columns, both float64."""
 
     values_R: Tensor
     vectors_DR: Tensor
@@ -50,6 +53,10 @@ class Engine:
     def __call__(self, theta_N: Tensor, mu: float) -> Spectrum:
         """Return the top eigenpairs at ``theta``."""
         raise NotImplementedError
+
+    def top(self, theta_N: Tensor) -> float:
+        """Return the largest eigenvalue, exact to rounding in float64."""
+        return float(torch.linalg.eigvalsh(self.term.matrix(theta_N))[-1])
 
     def serves(self, old_mu: float, mu: float) -> bool:
         """Whether a spectrum made for ``old_mu`` is good enough for ``mu``."""
@@ -86,49 +93,70 @@ class Halved(Engine):
 
     def __init__(self, term: Term) -> None:
         super().__init__(term)
+        self.coarse: Term | None = term.to(torch.float32) if term.dim >= COARSE_DIM else None
         self.shift: float | None = None
-        self.useful = True
+        self.is_useful = True
 
     def __call__(self, theta_N: Tensor, mu: float) -> Spectrum:
-        """Return the eigenpairs within ``WINDOW * mu`` of the top."""
-        k_DD = self.term.matrix(theta_N)
-        found = self._reduced(k_DD, mu) if self.useful else None
-        if found is None:
-            self.useful = False
-            return Spectrum(*torch.linalg.eigh(k_DD))
-        return found
+        """Return the eigenpairs within ``WINDOW * mu`` of the top, in float64.
 
-    def _reduced(self, k_DD: Tensor, mu: float) -> Spectrum | None:
+        Where float32 resolves ``mu``, it is the arithmetic of the decomposition.
+        """
+        term, shift = self.term, self.shift
+        if self.coarse is not None and shift is not None and mu > _COARSE_UNITS * abs(shift):
+            term = self.coarse
+        k_DD = term.matrix(theta_N)
+        for _ in range(_MAX_SHIFTS):
+            if not self.is_useful:
+                break
+            found = self._reduced(k_DD, WINDOW * mu)
+            if found is not None and found[1] <= _SHIFT_ERROR * mu:
+                return found[0]
+        return Spectrum(*torch.linalg.eigh(self.term.matrix(theta_N)))
+
+    def top(self, theta_N: Tensor) -> float:
+        """Return the largest eigenvalue by the same reduction, repeated until it stands still."""
+        k_DD = self.term.matrix(theta_N)
+        for _ in range(2 * _MAX_SHIFTS):
+            if not self.is_useful:
+                break
+            found = self._reduced(k_DD, 0.0)
+            if found is not None and found[1] <= _TOP_UNITS * abs(self.shift or 0.0):
+                return float(found[0].values_R[-1])
+        return float(torch.linalg.eigvalsh(k_DD)[-1])
+
+    def refine(self) -> bool:
+        """Give up float32."""
+        was_coarse, self.coarse = self.coarse is not None, None
+        return was_coarse
+
+    def _reduced(self, k_DD: Tensor, window: float) -> tuple[Spectrum, float] | None:
+        """Return pairs within ``window`` of the top with the error of the shift; updates it."""
         half = self.term.dim // 2
         x_HH, y_HH, c_HH = k_DD[:half, :half], k_DD[half:, half:], k_DD[half:, :half]
         mean_HH, sym_HH = (x_HH + y_HH) / 2, (c_HH + c_HH.mT) / 2
-        p_HH, n_HH = mean_HH + sym_HH, mean_HH - sym_HH
-        a_HH = (x_HH - y_HH) / 2 + (c_HH - c_HH.mT) / 2
+        p_HH, n_HH = mean_HH + sym_HH, sym_HH - mean_HH
+        a_HH = (x_HH - y_HH + c_HH - c_HH.mT) / 2
         shift = self.shift
         if shift is None:
             shift = float(torch.linalg.eigvalsh(p_HH)[-1])
-        for _ in range(_MAX_SHIFTS):
-            test_HH = -n_HH
-            test_HH.diagonal().add_(shift)
-            lower_HH, info = torch.linalg.cholesky_ex(test_HH)
-            if int(info):
-                return None
-            side_HH = torch.linalg.solve_triangular(lower_HH, a_HH.mT, upper=False)
-            values_H, vectors_HH = torch.linalg.eigh(p_HH + side_HH.mT @ side_HH)
-            keep_H = values_H > values_H[-1] - WINDOW * mu
-            values_R, u_HR = values_H[keep_H], vectors_HH[:, keep_H]
-            w_HR = torch.linalg.solve_triangular(lower_HH.mT, side_HH @ u_HR, upper=True)
-            share_R = w_HR.square().sum(0)
-            if float(share_R.max()) > _MAX_SHARE:
-                return None
-            quotient_R = (values_R + shift * share_R) / (1 + share_R)
-            error = abs(shift - float(quotient_R[-1])) * float(share_R.max())
-            self.shift = float(quotient_R[-1])
-            if error <= _SHIFT_ERROR * mu:
-                vectors_DR = torch.cat((u_HR + w_HR, u_HR - w_HR)) / (2 * (1 + share_R)).sqrt()
-                return Spectrum(quotient_R, vectors_DR)
-            shift = self.shift
-        return None
+        n_HH.diagonal().add_(shift)
+        lower_HH, info = torch.linalg.cholesky_ex(n_HH)
+        if int(info):
+            self.is_useful = False
+            return None
+        side_HH = torch.linalg.solve_triangular(lower_HH, a_HH.mT, upper=False)
+        values_H, vectors_HH = torch.linalg.eigh(p_HH + side_HH.mT @ side_HH)
+        keep_H = values_H >= values_H[-1] - window
+        values_R, u_HR = values_H[keep_H].double(), vectors_HH[:, keep_H]
+        w_HR = torch.linalg.solve_triangular(lower_HH.mT, side_HH @ u_HR, upper=True)
+        share_R = w_HR.double().square().sum(0)
+        quotient_R = (values_R + shift * share_R) / (1 + share_R)
+        self.shift = float(quotient_R[-1])
+        self.is_useful = float(share_R.max()) <= _MAX_SHARE
+        vectors_DR = torch.cat((u_HR + w_HR, u_HR - w_HR)).double()
+        error = abs(shift - self.shift) * float(share_R.max())
+        return Spectrum(quotient_R, vectors_DR / vectors_DR.norm(dim=0)), error
 
 
 class Krylov(Engine):

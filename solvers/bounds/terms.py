@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_STRIP = 192  # columns per product of a Gram matrix
+
 
 class Factor(NamedTuple):
     """``rows^T diag(e^(sign theta_group)) rows`` placed at ``offset`` in the term's matrix."""
@@ -45,7 +47,7 @@ class Term(NamedTuple):
         for rows_RD, group_R, sign, offset in self.factors:
             scaled_RD = rows_RD * torch.exp(0.5 * sign * theta_N[group_R]).to(like)[:, None]
             stop = offset + rows_RD.shape[1]
-            k_DD[offset:stop, offset:stop] += scaled_RD.mT @ scaled_RD
+            k_DD[offset:stop, offset:stop] += _gram(scaled_RD)
         return k_DD
 
     def product(self, theta_N: Tensor, block_DK: Tensor) -> Tensor:
@@ -82,3 +84,16 @@ class Term(NamedTuple):
     def split(self) -> int:
         """Where the last block starts."""
         return max(factor.offset for factor in self.factors)
+
+
+def _gram(rows_RD: Tensor) -> Tensor:
+    """Return ``rows^T rows`` from its lower triangle, in strips: a third less work when wide."""
+    size = rows_RD.shape[1]
+    if size < 2 * _STRIP:
+        return rows_RD.mT @ rows_RD
+    gram_DD = rows_RD.new_empty(size, size)
+    for start in range(0, size, _STRIP):
+        strip = slice(start, min(size, start + _STRIP))
+        gram_DD[strip, : strip.stop] = rows_RD[:, strip].mT @ rows_RD[:, : strip.stop]
+        gram_DD[: strip.start, strip] = gram_DD[strip, : strip.start].mT
+    return gram_DD
