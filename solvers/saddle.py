@@ -57,6 +57,11 @@ class BilinearSaddle(Inclusion):
     dual: ConvexResolvent
     constant: float = 0.0
 
+    @property
+    def is_separable(self) -> bool:
+        """Whether both resolvents act entry by entry, which preconditioning needs."""
+        return self.primal.separable and self.dual.separable
+
     def gradient_x(self, y: Tensor) -> Tensor:
         """Return the first part of F, ``c + A^T y``."""
         return self.cost + self.adjoint(y)
@@ -86,11 +91,6 @@ class BilinearSaddle(Inclusion):
     def duality_gap(self, point: Point) -> float:
         """Return ``primal_value(x) - dual_value(y)``: at least 0, and 0 exactly at solutions."""
         return self.primal_value(point[0]) - self.dual_value(point[1])
-
-    def gap_bound(self, residual: float) -> float | None:
-        """Return the duality gap that a residual proves; None where the domain is unbounded."""
-        diameter = Product((self.primal, self.dual)).diameter((self.cost, self.offset))
-        return None if diameter is None else residual * diameter
 
     def finite_sum(self, sampling: str = "auto") -> FiniteSumInclusion:
         """Return the same inclusion as a sum over rows and columns of A, on packed points (N + M,).
