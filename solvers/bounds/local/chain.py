@@ -29,13 +29,14 @@ class Level(NamedTuple):
         epsilon: l2 distance.
         sizes: Movement (2, T) of the tokens before each block and after the last.
         known: What is known of each block; None for one that does nothing.
-        amplification: Product of the certified constants on a ball that holds all of this.
+        certified: Product of the certified constants of the blocks up to each, on a ball that
+            holds all of this.
     """
 
     epsilon: float
     sizes: list[Tensor]
     known: list[Known | None]
-    amplification: float
+    certified: list[float]
 
 
 class Position(NamedTuple):
@@ -97,7 +98,7 @@ class Neighbourhood:
         size_KT = torch.stack((torch.ones(count), torch.zeros(count))).double()
         start = float(self._tokens[0].norm(dim=1).max()) * (1 + SLACK) + epsilon
         ball, outer, factors = start, max(start, self.radius), [1.0]
-        sizes, found = [size_KT], list[Known | None]()
+        sizes, found, certified = [size_KT], list[Known | None](), list[float]()
         for index, block in enumerate(self._blocks):
             known = None
             if block is not None:
@@ -113,7 +114,8 @@ class Neighbourhood:
                 size_KT[1] += block.fresh_T
             sizes.append(size_KT)
             found.append(known)
-        return Level(epsilon, sizes, found, product_up(factors))
+            certified.append(product_up(factors))
+        return Level(epsilon, sizes, found, certified)
 
     def position(self, level: Level, t: int, chosen_M: Tensor | None = None) -> Position:
         """Bound the movement of all differences from the first logit at token t.
@@ -166,7 +168,7 @@ class Neighbourhood:
 
     def _global(self, level: Level, t: int) -> Position:
         rough = self.position(level, t, self.top_T[:0])
-        scale = level.amplification / float(level.sizes[-1][0, t].clamp(min=1e-300))
+        scale = level.certified[-1] / float(level.sizes[-1][0, t].clamp(min=1e-300))
         moved_KV = torch.stack((rough.moved_KV[0] * scale, rough.moved_KV[1]))
         return Position(moved_KV, rough.gap_V)
 
