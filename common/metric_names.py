@@ -6,7 +6,7 @@ name that is not declared here is refused. An estimate is never called a bound.
 
 METRICS: dict[str, str] = {
     "data/unigram_entropy_bits": "Entropy of single bytes of the validation text, bits per byte",
-    "train/loss": "Training cross-entropy of a batch, nats per token or image",
+    "train/loss": "Training cross-entropy of a step, nats per token or image",
     "train/val_loss_nats": "Validation cross-entropy, nats per token or image",
     "train/val_bits_per_byte": "Validation cross-entropy, bits per byte of text",
     "train/val_acc_full": "Validation accuracy over every position, or every image, share",
@@ -66,6 +66,14 @@ METRICS: dict[str, str] = {
         for where, meaning in (("", "inside the certified ball"), ("space_", "in any direction"))
         for share in (1, 5, 10, 25)
     },
+    "local/positions": "Token positions with a local certificate",
+    "local/median_radius": "Median certified radius of a position, l2 per embedding, local",
+    "local/median_global_radius": "The same from the certified constants of the blocks alone",
+    "local/radius_gain": "Median over positions of the local over the global radius, factor",
+    "local/lipschitz": "Median local bound on a logit difference per l2 of the embeddings",
+    "local/global_lipschitz": "The same from the certified constants of the blocks alone",
+    "local/seconds": "Time to find the local certificates, seconds",
+    "local/verify_seconds": "Time to re-prove them, seconds",
     "solve/residual": "Norm of an explicit element of F + G, from a full evaluation at the end",
     "solve/error": "Error against the known solution, or a duality gap: zero when solved",
     "solve/proved_error": "Largest solve/error that solve/residual allows",

@@ -13,6 +13,7 @@ from common.runs import Outcome, Run, hydra_command
 from solvers import bounds
 from solvers.attack_app import attack
 from solvers.bounds.checker import check
+from solvers.bounds.local.command import certify_around, verify_around
 from solvers.solve_app import solve
 
 log = logging.getLogger(__name__)
@@ -22,8 +23,12 @@ def certify(cfg: Any, run: Run) -> Outcome:
     """Certify the model of ``cfg.bundle`` and store the proof in the bundle.
 
     Reads ``bundle``, ``certify`` and ``seed``. Attacks are part of it; what is stored has passed
-    the independent checker.
+    the independent checker. With prompts in ``around`` it proves local certificates instead, from
+    the stored proof.
     """
+    around = build(cfg.around) if "around" in cfg else None
+    if around is not None and around.texts:
+        return certify_around(cfg.bundle, around, run)
     settings = build(cfg.certify)
     bundle = load_bundle(cfg.bundle)
     began = time.perf_counter()
@@ -59,7 +64,9 @@ def _with_best_attack(certificate: Any, bundle: Bundle) -> Any:
 
 
 def verify(cfg: Any, run: Run) -> Outcome:
-    """Re-prove the certificate stored in ``cfg.bundle``; an error names what is wrong."""
+    """Re-prove the certificate stored in ``cfg.bundle``, or the local ones in ``cfg.around``."""
+    if cfg.get("around") is not None:
+        return verify_around(cfg.bundle, cfg.around)
     report = bounds.verify(cfg.bundle)
     log.info(
         "re-proved %d blocks: tightened %.9g, naive %.9g, of which rounding margin at most %.1e",
