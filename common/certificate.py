@@ -23,7 +23,7 @@ from common.errors import CertificateError
 from common.files import to_json, write_bytes
 from common.norms import SLACK, TINY, round_up
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 JSON_FILE = "certificate.json"
 TENSOR_FILE = "certificate.safetensors"
 KINDS = ("attention", "mlp")
@@ -40,7 +40,7 @@ class BlockProof:
         kind: ``attention`` or ``mlp``.
         reference: Constant by the published formula (not a bound for several heads).
         naive: Bound from operator norms alone, on the ball of ``naive_radius_in``.
-        tightened: Bound re-proved from multipliers, on the ball of ``radius_in``.
+        tightened: Bound re-proved from multipliers, on the tokens that can enter the block.
         radius_in: Bound on the l2 norm of every token entering the block.
         radius_out: Bound on the l2 norm of every token leaving it.
         naive_radius_in: As ``radius_in``, tracked with operator norms alone.
@@ -87,9 +87,12 @@ class Certificate:
         blocks: One proof per residual block, in execution order.
         head_norm: Bound on ``final_scale * |W_head|_2`` (l2 -> l2).
         pair_norm: Bound on ``final_scale * max_ij |U_i - U_j|_2`` over head rows.
+        stream: Bound on the l2 movement of a token of the final stream when every embedded token
+            moves by at most 1 (l2): the product of the tightened block bounds, or less.
         reference: The published formula for the whole network.
         naive: Product of the naive block bounds with ``head_norm * sqrt(C / V)``.
-        tightened: Product of the tightened block bounds with the same factor.
+        tightened: Product of the tightened block bounds with the same factor, or less: changes of
+            the stream are followed in ellipsoids through all blocks to the head.
         log10_reference: Decimal logarithm of ``reference``; finite where the number overflows.
         log10_naive: Decimal logarithm of ``naive``, rounded up.
         log10_tightened: Decimal logarithm of ``tightened``, rounded up.
@@ -110,6 +113,7 @@ class Certificate:
     blocks: tuple[BlockProof, ...]
     head_norm: float
     pair_norm: float
+    stream: float
     reference: float
     naive: float
     tightened: float
@@ -124,6 +128,11 @@ class Certificate:
     multipliers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def block_multipliers(self, index: int) -> dict[str, Tensor]:
+        """Return the multipliers of one block by their names within it."""
+        key = self.blocks[index].key
+        return {k.removeprefix(key): t for k, t in self.multipliers.items() if k.startswith(key)}
 
     def amplification(self, index: int, which: str = "tightened") -> float:
         """Return a bound on how much the blocks after block ``index`` enlarge a deviation (l2)."""

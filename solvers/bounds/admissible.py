@@ -9,6 +9,8 @@ from common.errors import CertificateError
 from common.models import LayerConfig
 from common.norms import exact64
 
+_CONTENT = ("query", "key", "mixed")
+
 MULTIPLIER_RANGE = (1e-100, 1e100)
 
 WEIGHT_RANGE = (1e-75, 1e75)
@@ -16,14 +18,25 @@ WEIGHT_RANGE = (1e-75, 1e75)
 
 
 def multiplier_shapes(layer: LayerConfig, index: int) -> dict[str, int]:
-    """Return the names and lengths of a block's multiplier vectors."""
+    """Return the names and lengths of a block's multiplier vectors.
+
+    Without prefix: of its l2 constant; ``domain.``: of where tokens lie after it; ``stream.``: of
+    where changes of the whole stream lie after it.
+    """
     if index % 2:
-        return {"lambda": layer.mlp_width // layer.unit}
-    shapes = {"tau": layer.heads}
-    if layer.content_heads:
-        shapes |= {"value": layer.heads}
-        shapes |= dict.fromkeys(("query", "key", "mixed"), layer.content_heads)
-    return shapes
+        shapes = {"lambda": layer.mlp_width // layer.unit}
+        image = {**shapes, "excess": 1}
+        domain = image
+    else:
+        domain = {"value": layer.heads, "skip": 1}
+        shapes = {"value": layer.heads}
+        shapes |= dict.fromkeys(_CONTENT, layer.content_heads) if layer.content_heads else {}
+        image = {**shapes, "skip": 1}
+    return {
+        **shapes,
+        **{f"domain.{name}": length for name, length in domain.items()},
+        **{f"stream.{name}": length for name, length in image.items()},
+    }
 
 
 def check_multipliers(multipliers: Mapping[str, Tensor], layer: LayerConfig, index: int) -> None:

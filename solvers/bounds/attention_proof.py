@@ -1,8 +1,9 @@
-"""Trusted: the bound of an attention block on a ball of tokens, with all rounding accounted for.
+"""Trusted: the bound of an attention block on a set of tokens, with all rounding accounted for.
 
 Nothing is assumed about the attention weights: any context length, causal or sliding mask,
 position bias, RoPE base and grouping of heads is covered.
-Source: spec bound_tightening 4.1 to 4.5 and 7; lipschitz_training 5.3, 5.4.
+Source: spec bound_tightening 4.1 to 4.5 and 7; lipschitz_training 5.3, 5.4; the ellipsoids in
+place of balls are our own.
 """
 
 # Shape letters: C width, H query heads, K key/value heads, D head width, X = H * D; HC and KC are
@@ -18,16 +19,15 @@ from torch import Tensor
 from common.models import LayerConfig
 from common.norms import (
     EIGEN_MARGIN,
-    certified_top,
+    SLACK,
     exact64,
-    gamma,
-    lambda_max_bound,
     product_norm_bound,
     round_up,
     spectral_norm_bound,
-    weighted_gram,
 )
-from solvers.bounds.mlp_proof import BlockBound
+from solvers.bounds.ellipsoid import Ellipsoid, Tokens
+from solvers.bounds.enclosure import Enclosure
+from solvers.bounds.mlp_proof import BlockBound, part
 
 
 class Heads(NamedTuple):
@@ -92,118 +92,203 @@ def naive_attention(heads: Heads, layer: LayerConfig, radius: float) -> float:
     return round_up(min(spread, heads.value_path + shared))
 
 
+class _Forms(NamedTuple):
+    """What multipliers make of the differential: quadratic forms of its three variables.
+
+    With y the output direction, u the changes' coordinates (``|u| <= 1``) and x a token, the
+    differential without its factor is at most ``(y^T Y y + u^T U u + rest) / 2``.
+    """
+
+    output_CC: Enclosure
+    change_CC: Enclosure | None
+    rest: float
+
+
 def attention_bound(
-    heads: Heads, layer: LayerConfig, radius: float, multipliers: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Bound the attention map on the ball of ``radius`` from multipliers, without its factor.
-
-    With ``u_h = Wo_h^T y`` for a unit output direction y, ``b_h = Wv_h^T u_h`` and the score
-    factor ``s = |c| / D * R^2``, the differential is at most
-
-    ``sum_h |b_h| + s sum_h (|Wk_h||b_h| + |Wk_h b_h|) / 2 |Wq_h dx| + s sum_h |Wk_h||b_h||Wq_h x|``
-
-    (value, query and key path) for unit dx and x. Every product is split by a multiplier.
-
-    Query path: RoPE makes ``a_j = Wk^T Rot_j w``, ``w = Wq dx``, differ per key, but all have
-    ``|a_j| <= p = |Wk||w|`` and ``|a_j.b| <= |Wk b||w|``. Subtracting the mean of ``b.x`` only
-    lowers its second moment, so ``cov(a_j.x_j, b.x_j)^2 <= E(a_j.x_j)^2 E(b.x_j)^2``. With
-    ``t = |b| / p``, the root of that is at most ``E(t (a_j.x_j)^2 + (b.x_j)^2 / t) / 2``; each
-    term is a form in x_j with top eigenvalue at most ``p |b| + max|a_j.b|``, and ``|x_j| <= R``.
-    Key path: ``|ds_j| <= |Wk||Wq x_i|`` and ``var(b.x) <= R^2 |b|^2``, by Cauchy-Schwarz.
+    heads: Heads, layer: LayerConfig, domain: Ellipsoid, multipliers: Mapping[str, Tensor]
+) -> float:
+    """Bound the l2 constant of the attention map on a domain, without its factor.
 
     Args:
         heads: From ``split_heads``.
         layer: Head counts and softmax scale.
-        radius: l2 bound R on every token.
-        multipliers: Positive vectors ``tau`` (H), and with content heads ``value`` (H), ``query``,
-            ``key``, ``mixed`` (HC).
+        domain: Holds every token.
+        multipliers: Positive vectors ``value`` (H) and, with content heads, ``query``, ``key``,
+            ``mixed`` (HC); any are sound.
+    """
+    changes = Ellipsoid.ball(heads.o.shape[1], 1.0)
+    forms = _forms(heads, layer, changes.scaled, domain, multipliers)
+    change = forms.change_CC.top() if forms.change_CC else 0.0
+    return round_up((forms.output_CC.top() + change + forms.rest) / 2)
 
-    Returns:
-        ``lipschitz``; ``tau``, the value path alone; and ``margin``.
+
+def attention_image(
+    heads: Heads,
+    layer: LayerConfig,
+    changes: Ellipsoid,
+    domain: Ellipsoid,
+    multipliers: Mapping[str, Tensor],
+) -> Ellipsoid:
+    """Return an ellipsoid that holds the change of every output of the block.
+
+    Skip connection and query path share the change of their own token, ``2^e F u``. With
+    ``s I > U`` the support function ``h(y)`` of all output changes is at most ``(y^T S y + t) / 2``
+    for ``S = Y + (1 - a)^2 F (s I - U)^-1 F^T`` and ``t = s + rest``; as h is homogeneous,
+    ``h(y)^2 <= t y^T S y``, the ellipsoid of ``t S``.
+
+    Args:
+        heads: From ``split_heads``.
+        layer: Head counts, softmax scale, residual weight and factor.
+        changes: Holds the change of every token.
+        domain: Holds every token.
+        multipliers: As in ``attention_bound``, and ``skip`` (1), the excess of s over U.
+    """
+    a = layer.attn_residual
+    forms = _forms(heads, layer, changes.enclosed, domain, multipliers)
+    return _image(forms, changes, 1 - a, a * layer.attn_factor, float(multipliers["skip"]))
+
+
+def attention_domain(
+    heads: Heads, layer: LayerConfig, domain: Ellipsoid, multipliers: Mapping[str, Tensor]
+) -> Ellipsoid:
+    """Return an ellipsoid that holds every token after the block.
+
+    A token is ``(1 - a) x`` plus a sum over heads of ``M_h`` times points of the domain.
+
+    Args:
+        heads: From ``split_heads``.
+        layer: Residual weight and factor.
+        domain: Holds every token before the block.
+        multipliers: Positive vectors ``value`` (H) and ``skip`` (1).
+    """
+    a, inner = layer.attn_residual, _value_forms(heads, domain.enclosed, multipliers["value"])
+    forms = _Forms(_outer(heads, inner), None, _total(multipliers["value"]))
+    return _image(forms, domain, 1 - a, a * layer.attn_factor, float(multipliers["skip"]))
+
+
+def _image(
+    forms: _Forms, changes: Ellipsoid, skip: float, factor: float, excess: float
+) -> Ellipsoid:
+    """Return the ellipsoid of ``t S``, see ``attention_image``."""
+    width = changes.factor_CC.shape[0]
+    identity_CC = Enclosure.exact(torch.eye(width, dtype=torch.float64))
+    shift, room_CC = excess, identity_CC.scaled(excess)
+    if forms.change_CC is not None:
+        change_CC = forms.change_CC.scaled(factor)
+        shift = round_up(max(change_CC.top(), 0.0) + excess)
+        room_CC = identity_CC.scaled(shift) + Enclosure(-change_CC.mid, change_CC.error)
+    total = round_up(shift + factor * forms.rest)
+    shape_CC = forms.output_CC.scaled(factor)
+    if skip:
+        kept_CC = changes.enclosed.scaled(abs(skip))
+        # Slightly below the excess: the shift itself was rounded.
+        middle_CC = room_CC.inverse(excess / 2)
+        shape_CC = shape_CC + kept_CC @ middle_CC @ kept_CC.mT
+    return Ellipsoid.covering(shape_CC.scaled(total), changes.exponent)
+
+
+def _forms(
+    heads: Heads,
+    layer: LayerConfig,
+    move: Enclosure,
+    domain: Ellipsoid,
+    multipliers: Mapping[str, Tensor],
+) -> _Forms:
+    """Split the differential into quadratic forms by Cauchy-Schwarz and the multipliers.
+
+    Let the change of a token be ``F u_j`` and a token ``X c_j``, ``|u_j|, |c_j| <= 1``. With
+    ``w_h = Wo_h^T y``, ``b_h = F^T Wv_h^T w_h``, ``d_h = X^T Wv_h^T w_h`` and ``g = |c| / D`` the
+    differential is at most
+
+    ``sum_h |b_h| + g sum_h (|Wk_h X||d_h| + |Wk_h X d_h|) / 2 |Wq_h F u_i|
+    + g sum_h |Wk_h F||d_h||Wq_h X c_i|`` (value, query and key path), each product split by one
+    multiplier.
+
+    Query path: RoPE makes ``a_j = Wk^T Rot_j w``, ``w = Wq F u``, differ per key, but all have
+    ``|X^T a_j| <= p = |Wk X||w|`` and ``|X^T a_j . d| <= |Wk X d||w|``. Subtracting the mean of
+    ``d.c`` only lowers its second moment, so ``cov(a_j.x_j, d.c_j)^2 <= E(a_j.x_j)^2 E(d.c_j)^2``.
+    With ``t = |d| / p``, the root of that is at most ``E(t (a_j.x_j)^2 + (d.c_j)^2 / t) / 2``; each
+    term is a form in c_j with top eigenvalue at most ``p |d| + max |X^T a_j . d|``.
+    Key path: ``|ds_j| <= g |Wk F||Wq x_i|`` and ``var(d.c) <= |d|^2``, by Cauchy-Schwarz.
 
     Source:
-        bound_tightening 4.3; deviation: the query path keeps the direction of ``b_h`` (a
-        covariance of ``a_j.x_j`` and ``b.x_j`` is at most ``R^2 (|a||b| + |a.b|) / 2``), the key
-        path uses ``|b_h|`` for ``|Wv_h||u_h|``, and all paths share one output direction.
+        bound_tightening 4.3; deviations: the query path keeps the direction of ``d_h``, the key
+        path uses ``|d_h|`` for ``|Wv_h||w_h|``, all paths share one output direction.
     """
-    gram_HDD = heads.v @ heads.v.mT
-    size_HDD = heads.v.abs() @ heads.v.abs().mT
-    tau_H11 = multipliers["tau"][:, None, None]
-    top, margin = _output_top(heads, gram_HDD / tau_H11, size_HDD / tau_H11)
-    tau = round_up(math.sqrt(_total(tau_H11) * top))
+    inner_HDD = _value_forms(heads, move, multipliers["value"])
+    rest = _total(multipliers["value"])
     if not layer.content_heads:
-        return {"tau": tau, "lipschitz": tau, "margin": margin}
-    score, dim = layer.logit_scale * radius * radius, layer.head_dim
-    query_H, key_H = multipliers["query"], multipliers["key"]
-    value_H11 = multipliers["value"][:, None, None]
-    inner_HDD = gram_HDD / value_H11 + score * _score_gram(heads, gram_HDD, layer, multipliers)
-    absolute = heads._replace(k=heads.k.abs(), v=heads.v.abs())
-    bound_HDD = size_HDD / value_H11 + score * _score_gram(absolute, size_HDD, layer, multipliers)
-    output, margin = _output_top(heads, inner_HDD, bound_HDD)
-    rows_XC = heads.q.flatten(0, 1)
-    query = lambda_max_bound(*weighted_gram(rows_XC, query_H.repeat_interleave(dim)))
-    key = lambda_max_bound(*weighted_gram(rows_XC, key_H.repeat_interleave(dim)))
-    lipschitz = round_up((output + _total(value_H11) + score * (query + key)) / 2)
-    return {"tau": tau, "lipschitz": lipschitz, "margin": margin}
+        return _Forms(_outer(heads, inner_HDD), None, rest)
+    tokens, scale, content = domain.scaled, layer.logit_scale, layer.content_heads
+    query_H, key_H, mixed_H = (_column(multipliers[name]) for name in ("query", "key", "mixed"))
+    k_HDC = Enclosure(heads.k.repeat_interleave(layer.group, 0), 0.0)
+    q_HDC = Enclosure(heads.q, 0.0)
+    seen_HDC = Enclosure(heads.v[:content], 0.0) @ tokens
+    k_HDX = k_HDC @ tokens
+    reach_H, moved_H = _squares(k_HDX), _squares(k_HDC @ move)
+    plain_H = scale * (reach_H * (1 + mixed_H) / (4 * query_H) + moved_H / key_H)
+    crossed_HDD = seen_HDC @ k_HDX.mT
+    cross_H = scale * (1 + 1 / mixed_H) / (4 * query_H)
+    score_HDD = seen_HDC.gram().scaled(plain_H) + crossed_HDD.gram().scaled(cross_H)
+    inner_HDD = _add_first(inner_HDD, score_HDD)
+    change_CX = (q_HDC @ move).scaled((scale * query_H).sqrt()).mT.beside()
+    token_CX = (q_HDC @ tokens).scaled((scale * key_H).sqrt()).mT.beside()
+    key = token_CX.norm()
+    return _Forms(_outer(heads, inner_HDD), change_CX.gram(), round_up(rest + key * key))
 
 
-def _score_gram(
-    heads: Heads, gram_HDD: Tensor, layer: LayerConfig, multipliers: Mapping[str, Tensor]
-) -> Tensor:
-    """Return, per head, the form ``(|Wk||b| + |Wk b|)^2 / 4 query + |Wk|^2 |b|^2 / key`` in u.
+def _value_forms(heads: Heads, move: Enclosure, value_H: Tensor) -> Enclosure:
+    """Return per head the form ``|F^T Wv^T w|^2 / value`` in w."""
+    return (Enclosure(heads.v, 0.0) @ move).gram().scaled(1 / _column(value_H))
 
-    The square of the sum is split as ``(1 + mixed) |Wk|^2 |b|^2 + (1 + 1 / mixed) |Wk b|^2``.
-    """
-    content = layer.content_heads
-    mixed_H, query_H, key_H = (multipliers[name] for name in ("mixed", "query", "key"))
-    k_norm_H = torch.tensor(heads.k_norms, dtype=torch.float64)
-    plain_H = k_norm_H**2 * ((1 + mixed_H) / (4 * query_H) + 1 / key_H)
-    cross_H = (1 + 1 / mixed_H) / (4 * query_H)
-    cross_HDD = heads.k.repeat_interleave(layer.group, 0) @ heads.v[:content].mT
-    form_HDD = torch.zeros_like(gram_HDD)
-    form_HDD[:content] = plain_H[:, None, None] * gram_HDD[:content]
-    form_HDD[:content] += cross_H[:, None, None] * (cross_HDD.mT @ cross_HDD)
-    return form_HDD
+
+def _outer(heads: Heads, inner_HDD: Enclosure) -> Enclosure:
+    """Return ``sum_h Wo_h inner_h Wo_h^T``."""
+    o_HCD = Enclosure(heads.o, 0.0)
+    product_CC = (o_HCD @ inner_HDD).beside() @ o_HCD.beside().mT
+    return Enclosure((product_CC.mid + product_CC.mid.mT) / 2, product_CC.error)
+
+
+def _add_first(all_HDD: Enclosure, first_HDD: Enclosure) -> Enclosure:
+    """Add the forms of the content heads, which come first."""
+    rest_HDD = torch.zeros_like(all_HDD.mid[len(first_HDD.mid) :])
+    return all_HDD + Enclosure(torch.cat((first_HDD.mid, rest_HDD)), first_HDD.error)
+
+
+def _squares(matrices_HDC: Enclosure) -> Tensor:
+    """Return the bounds on the squared spectral norms, shape (H, 1, 1)."""
+    return _column(torch.tensor(matrices_HDC.norms(), dtype=torch.float64)) ** 2 * (1 + SLACK)
+
+
+def _column(vector_H: Tensor) -> Tensor:
+    return vector_H[:, None, None]
 
 
 def _total(multipliers: Tensor) -> float:
-    return sum(multipliers.flatten().tolist())
-
-
-def _output_top(heads: Heads, inner_HDD: Tensor, size_HDD: Tensor) -> tuple[float, float]:
-    """Bound ``lambda_max(sum_h Wo_h inner_h Wo_h^T)``; ``size_HDD`` dominates ``inner_HDD``."""
-    outer_CX = heads.o.transpose(0, 1).flatten(1)
-    left_CX = (heads.o @ inner_HDD).transpose(0, 1).flatten(1)
-    y_CC = left_CX @ outer_CX.T
-    sums_HD1 = heads.o.abs().mT.sum(-1, keepdim=True)
-    row_sum = float((heads.o.abs() @ (size_HDD @ sums_HD1)).sum(0).max())
-    num_roundings = 2 * heads.v.shape[2] + 2 * heads.v.shape[1] + outer_CX.shape[1] + 32
-    error = 1.01 * gamma(num_roundings) * row_sum
-    return certified_top((y_CC + y_CC.T) / 2, error)
+    return round_up(sum(multipliers.flatten().tolist()))
 
 
 def prove_attention(
     tensors: Mapping[str, Tensor],
     layer: LayerConfig,
-    radius: float,
-    naive_radius: float,
+    tokens: Tokens,
     multipliers: Mapping[str, Tensor],
 ) -> BlockBound:
     """Prove the constants of an attention block; arguments as in ``prove_block``."""
     heads, a = split_heads(tensors, layer), layer.attn_residual
-    skip, factor = 1 - a, a * layer.attn_factor
-    naive = round_up(skip + factor * naive_attention(heads, layer, naive_radius))
-    lipschitz, tau = naive_attention(heads, layer, radius), heads.value_path
-    components, margin = {}, EIGEN_MARGIN
+    skip, factor = abs(1 - a), a * layer.attn_factor
+    naive = round_up(skip + factor * naive_attention(heads, layer, tokens.naive_radius))
+    lipschitz = naive_attention(heads, layer, tokens.radius)
+    growth = skip + factor * heads.value_path
+    radius = round_up(tokens.radius * growth)
+    domain = Ellipsoid.ball(heads.o.shape[1], radius)
     if multipliers:
-        components = attention_bound(heads, layer, radius, multipliers)
-        margin = components.pop("margin")
-        lipschitz, tau = min(lipschitz, components["lipschitz"]), min(tau, components["tau"])
+        lipschitz = min(lipschitz, attention_bound(heads, layer, tokens.domain, multipliers))
+        domain = attention_domain(heads, layer, tokens.domain, part(multipliers, "domain"))
     return BlockBound(
         naive=naive,
         tightened=min(naive, round_up(skip + factor * lipschitz)),
-        radius_out=round_up(radius * (skip + factor * tau)),
-        naive_radius_out=round_up(naive_radius * (skip + factor * heads.value_path)),
-        components={"tau": tau, "lipschitz": lipschitz},
-        margin=margin,
+        tokens=Tokens(domain, min(radius, domain.radius), round_up(tokens.naive_radius * growth)),
+        components={"lipschitz": lipschitz},
+        margin=EIGEN_MARGIN,
     )

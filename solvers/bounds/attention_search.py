@@ -26,14 +26,16 @@ class AttentionSearch:
     """Multipliers as the checker wants them, and the solver's account.
 
     Attributes:
-        multipliers: Positive float64 vectors: ``tau`` and ``value`` (H,), and with content heads
-            ``query``, ``key``, ``mixed`` (content heads,).
+        multipliers: Positive float64 vectors: ``value`` (H,), and with content heads ``query``,
+            ``key``, ``mixed`` (content heads,).
+        growth: (H,) multipliers of the value path alone.
         dual: Lower bound of the best value of the formula at these ``mixed`` (attention map).
         evals: Eigen-decompositions of a whole objective.
         seconds: Wall time.
     """
 
     multipliers: dict[str, Tensor]
+    growth: Tensor
     dual: float
     evals: int
     seconds: float
@@ -43,7 +45,7 @@ class AttentionSearch:
 def search_attention(
     weights: Sequence[Tensor | None],
     layer: LayerConfig,
-    radius: float,
+    domain_CC: Tensor,
     *,
     tol: float = 0.01,
     max_evals: int = 200,
@@ -54,7 +56,7 @@ def search_attention(
     Args:
         weights: Query, key, value and output matrix; the first two None without content heads.
         layer: Shapes and softmax scale.
-        radius: l2 radius of the tokens entering the block.
+        domain_CC: Factor X of the domain: tokens are ``X c`` with ``|c| <= 1``.
         tol: Wanted duality gap relative to the first value.
         max_evals: Budget of each of the two searches.
         method: One of ``kform.METHODS``.
@@ -67,38 +69,44 @@ def search_attention(
     ones_H11 = heads.factor_HDC.new_ones(layer.heads, 1, 1)
     families = {"tau": (ones_H11, heads.factor_HDC)}
     found, dual, evals = _minimise(families, tol, max_evals, method)
-    score = layer.logit_scale * radius**2
+    growth_H = found.pop("tau")
     if layer.content_heads:
-        mixed_H, families = _families(heads, layer, score)
-        shared, dual, more = _minimise(families, tol, max_evals, method, found["tau"])
-        found |= shared | {"mixed": mixed_H}
+        mixed_H, families = _families(heads, layer, domain_CC)
+        found, dual, more = _minimise(families, tol, max_evals, method, growth_H)
+        found |= {"mixed": mixed_H}
         evals += more
     return AttentionSearch(
-        multipliers=found, dual=dual, evals=evals, seconds=time.perf_counter() - began
+        multipliers=found or {"value": growth_H},
+        growth=growth_H,
+        dual=dual,
+        evals=evals,
+        seconds=time.perf_counter() - began,
     )
 
 
 def _families(
-    heads: HeadMatrices, layer: LayerConfig, score: float
+    heads: HeadMatrices, layer: LayerConfig, domain_CC: Tensor
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Return ``mixed`` and per path the matrices (input side, output side) of every head."""
-    content = layer.content_heads
+    content, root = layer.content_heads, math.sqrt(layer.logit_scale)
     k_HDC = heads.key_KDC.repeat_interleave(heads.group, 0)
-    v_HDC = heads.value_KDC.repeat_interleave(heads.group, 0)[:content]
-    k_norm_H, v_norm_H = (torch.linalg.matrix_norm(w, 2) for w in (k_HDC, v_HDC))
-    cross_HDD = k_HDC @ v_HDC.mT
-    size_H = (k_norm_H * v_norm_H).clamp(min=_FLOOR)
-    mixed_H = (torch.linalg.matrix_norm(cross_HDD, 2) / size_H).clamp(1e-3, 1.0)
-    plain_H = 0.5 * (1 + mixed_H).sqrt() * k_norm_H
-    cross_HDC = cross_HDD @ heads.output_HCD[:content].mT
-    cross_HDC *= 0.5 * (1 + 1 / mixed_H).sqrt()[:, None, None]
-    value_HDC, root = heads.factor_HDC[:content], math.sqrt(score)
+    k_norm_H = _norms(k_HDC)[:, None, None]
+    seen_HDC = k_HDC @ domain_CC
+    v_HDC = heads.value_KDC.repeat_interleave(heads.group, 0)[:content] @ domain_CC
+    reach_H, value_H = _norms(seen_HDC)[:, None, None], _norms(v_HDC)[:, None, None]
+    crossed_HDD = seen_HDC @ v_HDC.mT
+    size_H = (reach_H * value_H).clamp(min=_FLOOR)
+    mixed_H = (_norms(crossed_HDD)[:, None, None] / size_H).clamp(1e-3, 1.0)
+    o_HDC = heads.output_HCD[:content].mT
+    r_HDD = torch.linalg.qr(v_HDC.mT, mode="r").R
+    value_HDC = r_HDD @ o_HDC
+    crossed_HDC = crossed_HDD @ o_HDC * (0.5 * (1 + 1 / mixed_H).sqrt())
+    plain_HDC = value_HDC * (0.5 * (1 + mixed_H).sqrt() * reach_H)
     query_HDC = heads.query_HDC * root
-    seen_HDC = torch.cat((value_HDC * plain_H[:, None, None], cross_HDC), 1)
-    return mixed_H, {
+    return mixed_H.flatten(), {
         "value": (heads.factor_HDC.new_ones(layer.heads, 1, 1), heads.factor_HDC),
-        "query": (query_HDC, seen_HDC * root),
-        "key": (query_HDC, value_HDC * (k_norm_H * root)[:, None, None]),
+        "query": (query_HDC, torch.cat((plain_HDC, crossed_HDC), 1) * root),
+        "key": (query_HDC @ domain_CC, value_HDC * (k_norm_H * root)),
     }
 
 

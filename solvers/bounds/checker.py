@@ -31,51 +31,17 @@ from common.certificate import (
 from common.classifier_certificate import ClassifierCertificate, load_certificate
 from common.errors import CertificateError, LipError
 from common.models import ClassifierConfig, LipschitzMLP, LipschitzTransformer, ModelConfig
-from solvers.bounds.admissible import check_multipliers
-from solvers.bounds.attention_proof import prove_attention
 from solvers.bounds.claims import VerifyReport, at_least, check_identity
 from solvers.bounds.classifier_checker import check_classifier
+from solvers.bounds.ellipsoid import Ellipsoid
 from solvers.bounds.head_proof import domain_radius, head_norms
-from solvers.bounds.mlp_proof import BlockBound, prove_mlp
+from solvers.bounds.mlp_proof import BlockBound
+from solvers.bounds.stream_proof import Stream, advance, logit_factors, stream_factors
 
 STORED_MARGIN = 1e-10
 """Relative amount a certifier adds to what is proved here, so that another machine agrees."""
 
 _BLOCK_FIELDS = ("naive", "tightened", "radius_out", "naive_radius_out")
-
-
-def prove_block(
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    index: int,
-    radius: float,
-    naive_radius: float,
-    multipliers: Mapping[str, Tensor],
-) -> BlockBound:
-    """Prove the constants of one residual block.
-
-    Args:
-        config: The model's configuration.
-        tensors: The model's state, any floating types.
-        index: Block, ``2 * layer`` for attention and ``2 * layer + 1`` for the MLP.
-        radius: Bound on the l2 norm of every token entering the block.
-        naive_radius: The same from operator norms alone, at least ``radius``.
-        multipliers: Local names to positive float64 vectors (see ``multiplier_shapes``), or empty
-            for the bound from operator norms.
-
-    Raises:
-        CertificateError: for multipliers that are not usable, or NaN or infinity in a weight.
-    """
-    layer = config.layer(index // 2)
-    check_multipliers(multipliers, layer, index)
-    kind = KINDS[index % 2]
-    prefix = f"layers.{index // 2}.{kind}."
-    local = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    prove = prove_mlp if kind == "mlp" else prove_attention
-    bound = prove(local, layer, radius, naive_radius, multipliers)
-    if not math.isfinite(bound.naive + bound.naive_radius_out):
-        raise CertificateError(f"block {index}: its bound overflows; the weights are too large")
-    return bound
 
 
 def check(
@@ -107,12 +73,18 @@ def _check_transformer(
     check_identity(config, tensors, certificate)
     _check_header(config, certificate)
     at_least("radius", certificate.radius, domain_radius(tensors["embedding.weight"]))
-    margin, radius, naive_radius = STORED_MARGIN, certificate.radius, certificate.radius
+    margin, stream = STORED_MARGIN, Stream.start(config.width, certificate.radius)
+    radius = naive_radius = certificate.radius
     for index, block in enumerate(certificate.blocks):
         _check_place(index, block, radius, naive_radius)
+        proved, after = advance(
+            config, tensors, index, stream, certificate.block_multipliers(index)
+        )
+        _check_block(block, proved)
         radius, naive_radius = block.radius_out, block.naive_radius_out
-        margin += _check_block(config, tensors, certificate, block) + STORED_MARGIN
-    _check_totals(config, tensors, certificate)
+        stream = after.at(radius, naive_radius)
+        margin += proved.margin + STORED_MARGIN
+    _check_totals(config, tensors, certificate, stream.changes)
     return VerifyReport(
         tightened=certificate.tightened,
         naive=certificate.naive,
@@ -199,20 +171,7 @@ def _check_place(index: int, block: BlockProof, radius: float, naive_radius: flo
             )
 
 
-def _check_block(
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    certificate: Certificate,
-    block: BlockProof,
-) -> float:
-    multipliers = {
-        name.removeprefix(block.key): tensor
-        for name, tensor in certificate.multipliers.items()
-        if name.startswith(block.key)
-    }
-    proved = prove_block(
-        config, tensors, block.index, block.radius_in, block.naive_radius_in, multipliers
-    )
+def _check_block(block: BlockProof, proved: BlockBound) -> None:
     for name in _BLOCK_FIELDS:
         at_least(f"block {block.index} {name}", getattr(block, name), getattr(proved, name))
     # Only so is the naive bound, proved on its own ball, a bound on the ball of radius_in too.
@@ -221,21 +180,26 @@ def _check_block(
     attack = block.components.get("attack", 0.0)
     at_least(f"block {block.index} tightened (against attack)", block.tightened, attack)
     at_least(f"block {block.index} naive (against tightened)", block.naive, block.tightened)
-    return proved.margin
 
 
 def _check_totals(
-    config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
+    config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate, changes: Ellipsoid
 ) -> None:
-    head, pair = head_norms(config, tensors["head.weight"])
+    head_VC = tensors["head.weight"]
+    head, pair = head_norms(config, head_VC)
     at_least("head_norm", certificate.head_norm, head)
     at_least("pair_norm", certificate.pair_norm, pair)
-    for which in ("naive", "tightened"):
-        factors = chain(certificate, which)
+    stream = product_up(stream_chain(certificate, changes))
+    at_least("stream", certificate.stream, stream, infinite=True)
+    totals = {
+        "naive": chain(certificate, "naive"),
+        "tightened": logit_chain(certificate, config, head_VC, changes),
+    }
+    for which, factors in totals.items():
         at_least(which, getattr(certificate, which), product_up(factors), infinite=True)
         log10 = log10_up(factors)
         stored = getattr(certificate, f"log10_{which}")
-        at_least(f"log10_{which}", stored, log10 - 1e-13 * (1 + abs(log10)))
+        at_least(f"log10_{which}", stored, log10 - 1e-10 * (1 + abs(log10)))
     at_least("naive (against tightened)", certificate.naive, certificate.tightened, infinite=True)
     if certificate.reference_sound:
         at_least("reference", certificate.reference, certificate.tightened, infinite=True)
@@ -249,7 +213,24 @@ def most_heads(config: ModelConfig) -> int:
 
 
 def chain(certificate: Certificate, which: str) -> list[float]:
-    """Return the factors of a network bound: blocks, head, and ``sqrt(C / V)``."""
+    """Return the factors of a product bound: blocks, head, and ``sqrt(C / V)``."""
     blocks = [Certificate.constant(block, which) for block in certificate.blocks]
-    ratio = math.sqrt(certificate.width / certificate.vocab_size)
-    return [*blocks, certificate.head_norm, ratio]
+    return [*blocks, certificate.head_norm, _ratio(certificate)]
+
+
+def stream_chain(certificate: Certificate, changes: Ellipsoid) -> list[float]:
+    """Return the factors of the smaller bound on the final stream: blocks, or their ellipsoids."""
+    blocks = [block.tightened for block in certificate.blocks]
+    return min(blocks, stream_factors(changes), key=log10_up)
+
+
+def logit_chain(
+    certificate: Certificate, config: ModelConfig, head_VC: Tensor, changes: Ellipsoid
+) -> list[float]:
+    """Return the factors of the smaller bound on the logits, RMS to RMS."""
+    seen = [*logit_factors(config, head_VC, changes), _ratio(certificate)]
+    return min(chain(certificate, "tightened"), seen, key=log10_up)
+
+
+def _ratio(certificate: Certificate) -> float:
+    return math.sqrt(certificate.width / certificate.vocab_size)

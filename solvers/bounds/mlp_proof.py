@@ -26,6 +26,8 @@ from common.norms import (
     spectral_norm_bound,
     weighted_gram,
 )
+from solvers.bounds.ellipsoid import Ellipsoid, Tokens
+from solvers.bounds.enclosure import Enclosure
 from solvers.bounds.slopes import (
     PHI_ERROR,
     apply,
@@ -37,14 +39,23 @@ from solvers.bounds.slopes import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockBound:
-    """What is proved of one block: constants, token norms after it, parts, rounding margin."""
+    """What is proved of one block: constants, where tokens lie after it, parts, rounding margin."""
 
     naive: float
     tightened: float
-    radius_out: float
-    naive_radius_out: float
+    tokens: Tokens
     components: dict[str, float] = field(default_factory=dict)
     margin: float = 0.0
+
+    @property
+    def radius_out(self) -> float:
+        """Bound on the l2 norm of every token after the block."""
+        return self.tokens.radius
+
+    @property
+    def naive_radius_out(self) -> float:
+        """The same from operator norms alone."""
+        return self.tokens.naive_radius
 
 
 class MlpForm(NamedTuple):
@@ -104,50 +115,88 @@ def mlp_bound(form: MlpForm, lambda_N: Tensor) -> tuple[float, float]:
     return round_up(bound), margin
 
 
+def mlp_image(form: MlpForm, changes: Ellipsoid, lambda_N: Tensor, excess: float) -> Ellipsoid:
+    """Return an ellipsoid that holds ``(C + B S G) v`` for all v of ``changes`` and all S.
+
+    With ``v = F u`` and ``s I > U = F^T G^T L G F`` the support function is at most
+    ``(y^T T y + s) / 2`` for ``T = C F (s I - U)^-1 F^T C^T + B L^-1 B^T``: the ellipsoid of
+    ``s T``, as in ``attention_image``.
+
+    Args:
+        form: From ``mlp_form``.
+        changes: Changes of one token, or tokens for a form of chords from 0.
+        lambda_N: Positive float64 multipliers; any are sound.
+        excess: Positive excess of s over the top eigenvalue of U.
+    """
+    move_CC = changes.enclosed
+    rows_CN = (Enclosure(form.g_NC, 0.0) @ move_CC).scaled(lambda_N.sqrt()[:, None]).mT
+    change_CC = rows_CN.gram()
+    shift = round_up(max(change_CC.top(), 0.0) + excess)
+    identity_CC = Enclosure.exact(torch.eye(len(move_CC.mid), dtype=torch.float64))
+    room_CC = identity_CC.scaled(shift) + Enclosure(-change_CC.mid, change_CC.error)
+    linear_CC = Enclosure(form.c_CC, form.error) @ move_CC
+    bent_CN = Enclosure(form.b_CN, 4 * UNIT * Enclosure(form.b_CN, 0.0).size)
+    shape_CC = linear_CC @ room_CC.inverse(excess / 2) @ linear_CC.mT
+    shape_CC = shape_CC + bent_CN.scaled((1 / lambda_N).sqrt()).gram()
+    return Ellipsoid.covering(shape_CC.scaled(shift), changes.exponent)
+
+
 def prove_mlp(
     tensors: Mapping[str, Tensor],
     layer: LayerConfig,
-    radius: float,
-    naive_radius: float,
+    tokens: Tokens,
     multipliers: Mapping[str, Tensor],
 ) -> BlockBound:
     """Prove the constants of an MLP block; arguments as in ``prove_block``."""
     up_FC, down_CF, a = tensors["up.weight"], tensors["down.weight"], layer.mlp_residual
-    norms = spectral_norm_bound(up_FC) * spectral_norm_bound(down_CF)
-    naive = round_up((1 - a) + a * norms * lipschitz_constant(layer))
+    norms = a * spectral_norm_bound(up_FC) * spectral_norm_bound(down_CF)
+    naive = round_up((1 - a) + norms * lipschitz_constant(layer))
     sector = max(map(abs, sector_interval(layer.activation, layer.gelu_divisor)))
-    growth = round_up((1 - a) + a * norms * sector)
-    offset, tight, tight_growth, margin = 0.0, naive, growth, EIGEN_MARGIN
-    if layer.mlp_bias:
-        offset, growth = round_up(a * _norm_at_zero(tensors, layer)), naive
+    naive_growth = naive if layer.mlp_bias else round_up((1 - a) + norms * sector)
+    tight, margin, form = naive, EIGEN_MARGIN, mlp_form(up_FC, down_CF, layer)
     if multipliers:
-        lambda_N = multipliers["lambda"]
-        bound, margin = mlp_bound(mlp_form(up_FC, down_CF, layer), lambda_N)
+        bound, margin = mlp_bound(form, multipliers["lambda"])
         tight = min(naive, bound)
-        if not layer.mlp_bias and sector_interval(
-            layer.activation, layer.gelu_divisor
-        ) != slope_interval(layer.activation, layer.gelu_divisor):
-            sector_form = mlp_form(up_FC, down_CF, layer, sector=True)
-            tight_growth = min(growth, mlp_bound(sector_form, lambda_N)[0])
-    tight_growth = tight if layer.mlp_bias else min(tight_growth, tight)
+    offset_C1 = value_at_zero(tensors, layer)
+    offset = round_up(offset_C1.size + offset_C1.error) if layer.mlp_bias else 0.0
+    radius = round_up(min(naive_growth, tight) * tokens.radius + offset)
+    domain = Ellipsoid.ball(len(down_CF), radius)
+    if multipliers:
+        if not layer.mlp_bias:
+            form = mlp_form(up_FC, down_CF, layer, sector=True)
+        own = part(multipliers, "domain")
+        domain = mlp_image(form, tokens.domain, own["lambda"], float(own["excess"]))
+        domain = domain.plus(offset_C1)
+    naive_radius = round_up(naive_growth * tokens.naive_radius + offset)
     return BlockBound(
         naive=naive,
         tightened=tight,
-        radius_out=round_up(tight_growth * radius + offset),
-        naive_radius_out=round_up(growth * naive_radius + offset),
-        components={"offset": offset, "growth": tight_growth},
+        tokens=Tokens(domain, min(radius, domain.radius), naive_radius),
+        components={"offset": offset},
         margin=margin,
     )
 
 
-def _norm_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> float:
-    """Bound ``|W_2 phi(b_1) + b_2|_2``."""
-    up_F, down_C = exact64(tensors["up.bias"]), exact64(tensors["down.bias"])
+def part(multipliers: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the multipliers of one of a block's proofs: those whose names begin with its own."""
+    return {
+        key.removeprefix(f"{name}."): tensor
+        for key, tensor in multipliers.items()
+        if key.startswith(f"{name}.")
+    }
+
+
+def value_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> Enclosure:
+    """Enclose ``a (W_2 phi(b_1) + b_2)``, shape (C, 1)."""
     down_CF = exact64(tensors["down.weight"])
+    if not layer.mlp_bias:
+        return Enclosure(down_CF.new_zeros(len(down_CF), 1), 0.0)
+    up_F, down_C = exact64(tensors["up.bias"]), exact64(tensors["down.bias"])
     hidden_F = apply(up_F, layer)
     size_C = down_CF.abs() @ (hidden_F.abs() + up_F.abs()) + down_C.abs()
     # Where a GELU cancels to nearly 0, its error is relative to the argument over the divisor.
     rounding = (PHI_ERROR / min(1.0, layer.gelu_divisor) + 2 * gamma(down_CF.shape[1] + 8)) * float(
         size_C.norm()
     )
-    return round_up(float((down_CF @ hidden_F + down_C).norm()) + rounding)
+    value_C = down_CF @ hidden_F + down_C
+    return Enclosure(value_C[:, None], round_up(rounding)).scaled(layer.mlp_residual)

@@ -5,11 +5,9 @@ stored comes from the functions the checker uses, moved up by its agreed margin.
 """
 
 import dataclasses
-import math
 import platform
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,37 +21,17 @@ from common.certificate import (
     product_up,
     tensors_sha256,
 )
-from common.config import check_types, one_of, positive
 from common.models import LipschitzTransformer, ModelConfig
-from solvers.bounds.admissible import MULTIPLIER_RANGE, check_weights
-from solvers.bounds.attention_search import AttentionSearch, search_attention
-from solvers.bounds.checker import STORED_MARGIN, chain, most_heads, prove_block
+from solvers.bounds.admissible import check_weights
+from solvers.bounds.checker import STORED_MARGIN, chain, logit_chain, most_heads, stream_chain
+from solvers.bounds.ellipsoid import Ellipsoid
 from solvers.bounds.head_proof import head_norms
-from solvers.bounds.kform import METHODS
-from solvers.bounds.mlp_block import MlpSolution, tighten_mlp
-from solvers.bounds.mlp_proof import mlp_form
+from solvers.bounds.mlp_proof import BlockBound
+from solvers.bounds.network_search import BlockFound, TightenSettings, search_network
 from solvers.bounds.reference import reference_constants
+from solvers.bounds.stream_proof import Stream, advance
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TightenSettings:
-    """How the multipliers are searched.
-
-    Attributes:
-        method: One of ``solvers.bounds.kform.METHODS``.
-        tol: Wanted duality gap relative to the block's first value.
-        max_evals: Eigen-decompositions per search.
-    """
-
-    method: str = "halpern_anderson"
-    tol: float = 0.01
-    max_evals: int = 200
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        one_of("certify.method", self.method, METHODS)
-        positive("certify.tol", self.tol)
-        positive("certify.max_evals", self.max_evals, zero=True)
+__all__ = ["TightenSettings", "certify", "naive_bound", "with_totals"]
 
 
 @torch.no_grad()
@@ -79,29 +57,33 @@ def certify(
     settings = settings or TightenSettings()
     config, tensors = model.config, _state(model)
     check_weights(tensors)
-    radius = naive_radius = model.domain_radius()
+    radius = model.domain_radius()
     references, ends = reference_constants(config, tensors)
+    found: Sequence[BlockFound | None] = [None] * (2 * config.layers)
+    if tighten:
+        found = search_network(config, tensors, radius, settings, _with_bar)
+    stream = Stream.start(config.width, radius)
     blocks: list[BlockProof] = []
     multipliers: dict[str, Tensor] = {}
-    start = radius
-    for index in _with_bar(range(2 * config.layers), shown=tighten):
-        found, facts = _search(config, tensors, index, radius, settings) if tighten else ({}, {})
-        block = _prove(config, tensors, index, (radius, naive_radius), found)
-        if "dual" in facts:
-            facts["dual"] = min(facts["dual"], block.tightened)
-        block = dataclasses.replace(block, reference=references[index], **facts)
-        radius, naive_radius = block.radius_out, block.naive_radius_out
+    for index, block_found in enumerate(found):
+        own = block_found.at(stream) if block_found else {}
+        bound, after = advance(config, tensors, index, stream, own)
+        block = _proof(index, bound, blocks, radius, references[index])
+        if block_found:
+            block = _with_account(block, block_found, settings.method)
         blocks.append(block)
-        multipliers |= {block.key + name: tensor for name, tensor in found.items()}
+        multipliers |= {block.key + name: tensor for name, tensor in own.items()}
+        stream = after.at(block.radius_out, block.naive_radius_out)
     head, pair = head_norms(config, tensors["head.weight"])
     certificate = Certificate(
         width=config.width,
         vocab_size=config.vocab_size,
-        radius=start,
+        radius=radius,
         blocks=tuple(blocks),
         head_norm=_stored(head),
         pair_norm=_stored(pair),
         reference=product_up([*references, ends]),
+        stream=0.0,
         naive=0.0,
         tightened=0.0,
         log10_reference=log10_up([*references, ends]),
@@ -114,7 +96,7 @@ def certify(
         settings={"tighten": tighten, **dataclasses.asdict(settings)},
         versions={"torch": torch.__version__, "python": platform.python_version()},
     )
-    return with_totals(certificate, single_head=most_heads(config) == 1)
+    return with_totals(certificate, config, tensors["head.weight"], stream.changes)
 
 
 def naive_bound(model: LipschitzTransformer) -> float:
@@ -122,75 +104,61 @@ def naive_bound(model: LipschitzTransformer) -> float:
     return certify(model, tighten=False).naive
 
 
-def with_totals(certificate: Certificate, *, single_head: bool) -> Certificate:
-    """Return the certificate with its network bounds computed from its blocks and head."""
-    naive, tightened = chain(certificate, "naive"), chain(certificate, "tightened")
+def with_totals(
+    certificate: Certificate, config: ModelConfig, head_VC: Tensor, changes: Ellipsoid
+) -> Certificate:
+    """Return the certificate with its network bounds, from its blocks and the stream's changes."""
+    naive = chain(certificate, "naive")
+    tightened = logit_chain(certificate, config, head_VC, changes)
     bound = _stored(product_up(tightened))
     return dataclasses.replace(
         certificate,
+        stream=_stored(product_up(stream_chain(certificate, changes))),
         naive=_stored(product_up(naive)),
         tightened=bound,
         log10_naive=log10_up(naive),
         log10_tightened=log10_up(tightened),
-        reference_sound=single_head and certificate.reference >= bound,
+        reference_sound=most_heads(config) == 1 and certificate.reference >= bound,
     )
 
 
-def _with_bar(indices: range, *, shown: bool) -> Iterable[int]:
+def _with_bar(indices: Iterable[int]) -> Iterable[int]:
     from rich.progress import track
 
-    is_quiet = not shown or not sys.stdout.isatty()
-    return track(indices, "certifying blocks", disable=is_quiet, transient=True)
+    is_quiet = not sys.stdout.isatty()
+    return track(list(indices), "searching multipliers", disable=is_quiet, transient=True)
 
 
-def _prove(
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
+def _proof(
     index: int,
-    radii: tuple[float, float],
-    multipliers: Mapping[str, Tensor],
+    bound: BlockBound,
+    before: Sequence[BlockProof],
+    radius: float,
+    reference: float,
 ) -> BlockProof:
-    bound = prove_block(config, tensors, index, *radii, multipliers)
     return BlockProof(
         index=index,
         layer=index // 2,
         kind=KINDS[index % 2],
-        reference=math.nan,
+        reference=reference,
         naive=_stored(bound.naive),
         tightened=_stored(bound.tightened),
-        radius_in=radii[0],
+        radius_in=before[-1].radius_out if before else radius,
         radius_out=_stored(bound.radius_out),
-        naive_radius_in=radii[1],
+        naive_radius_in=before[-1].naive_radius_out if before else radius,
         naive_radius_out=_stored(bound.naive_radius_out),
         components=bound.components,
     )
 
 
-def _search(
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    index: int,
-    radius: float,
-    settings: TightenSettings,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return multipliers of a block and the solver's own account of them."""
-    layer, prefix = config.layer(index // 2), f"layers.{index // 2}."
-    options = dataclasses.asdict(settings)
-    solution: AttentionSearch | MlpSolution
-    if index % 2:
-        up_FC, down_CF = (tensors[f"{prefix}mlp.{name}.weight"] for name in ("up", "down"))
-        form = mlp_form(up_FC, down_CF, layer)
-        solution = tighten_mlp(form.c_CC, form.b_CN, form.g_NC, **options)
-        found, dual = {"lambda": solution.theta.exp()}, solution.dual
-    else:
-        names = ("query", "key", "value", "output")
-        weights = [tensors.get(f"{prefix}attention.{name}.weight") for name in names]
-        solution = search_attention(weights, layer, radius, **options)
-        a, found = layer.attn_residual, solution.multipliers
-        dual = (1 - a) + a * layer.attn_factor * solution.dual
-    found = {name: tensor.clamp(*MULTIPLIER_RANGE) for name, tensor in found.items()}
-    facts = {"evals": solution.evals, "seconds": solution.seconds, "method": settings.method}
-    return found, {"dual": dual, **facts}
+def _with_account(block: BlockProof, found: BlockFound, method: str) -> BlockProof:
+    return dataclasses.replace(
+        block,
+        dual=min(found.dual, block.tightened),
+        evals=found.evals,
+        seconds=found.seconds,
+        method=method,
+    )
 
 
 def _state(model: LipschitzTransformer) -> dict[str, Tensor]:

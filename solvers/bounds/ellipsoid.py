@@ -1,0 +1,114 @@
+"""Trusted: ellipsoids of the residual stream, the sets in which tokens and their changes lie.
+
+An ellipsoid is the image of the unit ball under a matrix that is stored exactly, so whatever is
+proved about it holds for the set itself; rounding only ever makes the next set larger.
+"""
+
+# Shape letters: C width.
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.norms import TINY, gamma, round_up
+from solvers.bounds.enclosure import Enclosure
+
+
+class Ellipsoid(NamedTuple):
+    """The set ``{2^exponent F u : |u| <= 1}``; ``F`` is ``factor_CC``, ``norm`` bounds its norm."""
+
+    factor_CC: Tensor
+    exponent: int
+    norm: float
+
+    @classmethod
+    def ball(cls, width: int, radius: float) -> "Ellipsoid":
+        """Return the ball of ``radius`` >= 0 in ``width`` dimensions."""
+        mantissa, exponent = math.frexp(radius)
+        return cls(mantissa * torch.eye(width, dtype=torch.float64), exponent, mantissa)
+
+    @classmethod
+    def covering(cls, shape_CC: Enclosure, exponent: int = 0) -> "Ellipsoid":
+        """Return an ellipsoid around all ``{2^exponent x : x^T S^-1 x <= 1}`` of an enclosure.
+
+        The Cholesky factor of ``S + shift I`` is taken, with a shift above the enclosure's error
+        and the factorisation's backward error; the ball of ``sqrt(top)`` is the last resort.
+        """
+        mid_CC, size = shape_CC.mid, shape_CC.mid.shape[0]
+        trace = float(mid_CC.trace()) + size * shape_CC.error
+        rounding = 2.02 * gamma(size + 2) / (1 - gamma(size + 2)) * max(trace, 0.0)
+        shifted_CC = mid_CC.clone()
+        shifted_CC.diagonal().add_(2 * rounding + 1.01 * shape_CC.error + TINY)
+        factor_CC, info = torch.linalg.cholesky_ex(shifted_CC)
+        if int(info) != 0 or not bool(torch.isfinite(factor_CC).all()):
+            return cls.ball(size, round_up(math.sqrt(max(shape_CC.top(), 0.0))))._moved(exponent)
+        shift = math.frexp(float(factor_CC.abs().max()))[1]
+        factor_CC = torch.ldexp(factor_CC, torch.tensor(-shift))
+        return cls(factor_CC, exponent + shift, Enclosure(factor_CC, 0.0).norm())
+
+    @property
+    def enclosed(self) -> Enclosure:
+        """The factor ``F`` without its exponent."""
+        return Enclosure(self.factor_CC, 0.0)
+
+    @property
+    def scaled(self) -> Enclosure:
+        """The whole factor ``2^exponent F``; powers of two scale without rounding."""
+        return Enclosure(torch.ldexp(self.factor_CC, torch.tensor(self.exponent)), 0.0)
+
+    @property
+    def radius(self) -> float:
+        """Bound on the l2 norm of every point."""
+        return math.ldexp(self.norm, self.exponent) if self.exponent < 900 else math.inf
+
+    def times(self, factor: float) -> "Ellipsoid":
+        """Return the ball that holds all images under maps of l2 constant ``factor`` >= 0."""
+        norm, shift = math.frexp(round_up(self.norm * factor))
+        ball = Ellipsoid.ball(len(self.factor_CC), norm)
+        return ball._moved(shift + self.exponent)
+
+    def plus_ball(self, radius: float) -> "Ellipsoid":
+        """Return an ellipsoid around all points within ``radius`` >= 0 of this one."""
+        identity_CC = torch.eye(len(self.factor_CC), dtype=torch.float64)
+        return self.plus(Enclosure(identity_CC, 0.0), radius)
+
+    def plus(self, points_CK: Enclosure, scale: float = 1.0) -> "Ellipsoid":
+        """Return an ellipsoid around all sums with ``scale P v``, ``|v| <= 1``.
+
+        The sum of ``E(S)`` and ``E(T)`` lies in ``E((1 + p) S + (1 + 1/p) T)`` for any p > 0; p is
+        the ratio of the radii.
+        """
+        reach = round_up(points_CK.norm() * scale)
+        if reach <= TINY:
+            return self
+        near = math.ldexp(scale, -self.exponent)
+        ratio = math.ldexp(reach, -self.exponent) / max(self.norm, TINY)
+        if not TINY < ratio < 1 / TINY:
+            return Ellipsoid.ball(len(self.factor_CC), round_up(self.radius + reach))
+        shape_CC = self.enclosed.gram().scaled(1 + ratio)
+        added_CC = points_CK.scaled(near).gram().scaled(1 + 1 / ratio)
+        return Ellipsoid.covering(shape_CC + added_CC, self.exponent)
+
+    def _moved(self, exponent: int) -> "Ellipsoid":
+        return self._replace(exponent=self.exponent + exponent)
+
+
+class Tokens(NamedTuple):
+    """Where the tokens between two blocks lie: in an ellipsoid, and in two balls as well.
+
+    Attributes:
+        domain: The ellipsoid.
+        radius: l2 radius of a ball; the domain may reach beyond it.
+        naive_radius: The same from operator norms alone, at least ``radius``.
+    """
+
+    domain: Ellipsoid
+    radius: float
+    naive_radius: float
+
+    @classmethod
+    def ball(cls, width: int, radius: float) -> "Tokens":
+        """Return the tokens of an embedding in the ball of ``radius``."""
+        return cls(Ellipsoid.ball(width, radius), radius, radius)
