@@ -104,7 +104,11 @@ def solve(cfg: Any, run: Run) -> Outcome:
         metrics=_figures(known, result, scale),
         artifacts=artifacts,
         objective=float(scale * result.oracle_calls) if result.converged else float("inf"),
-        notes={"status": result.message, "problem": PROBLEMS[settings.problem].about},
+        notes={
+            "outcome": result.status.name.lower().replace("_", " "),
+            "status": result.message,
+            "problem": PROBLEMS[settings.problem].about,
+        },
     )
 
 

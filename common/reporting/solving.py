@@ -112,7 +112,7 @@ def _comparison(name: str, cells: Sequence[StageRun]) -> str:
 
 def _row(label: str, cell: StageRun, course: Course, levels: Sequence[float]) -> list[str]:
     metrics = cell.metrics
-    status = str((cell.summary.get("notes") or {}).get("status", "")).partition(" (")[0]
+    status = str((cell.summary.get("notes") or {}).get("outcome", ""))
     figures_ = [number(metrics.get(f"solve/{name}")) for name in _COLUMNS]
     reached = [number(calls_to(course, level)) for level in levels]
     return [escape(label), escape(status), *reached, *figures_]
