@@ -193,7 +193,7 @@ class Run:
         return time.perf_counter() - self.began
 
     def _lipschitz_source(self) -> str:
-        if self.state.lipschitz > self.first.lipschitz or self.recoveries[Status.DIVERGED]:
+        if self.state.lipschitz != self.first.lipschitz:
             return "backtracked"
         return self.oracle.lipschitz_source
 
