@@ -199,6 +199,16 @@ def test_float32_reaches_its_precision():
     assert torch.allclose(result.x, torch.tensor([3.0, 1.0]), atol=1e-3)
 
 
+def test_sparse_rows_take_the_same_path():
+    """Oracle: the dense program; the two differ by the estimate of the norm only."""
+    cost, a, b, x = planted(1, 8, 20)
+    dense = solve_linear_program(linear_program(cost, equal=(a, b)))
+    sparse = solve_linear_program(linear_program(cost, equal=(a.to_sparse_coo(), b)))
+    assert sparse.status == "optimal", sparse.message
+    assert sparse.errors.objective == pytest.approx(float(cost @ x), rel=OBJECTIVE)
+    assert sparse.run.iterations <= 2 * dense.run.iterations
+
+
 def test_other_methods_solve_linear_programs():
     """Oracle: the planted optimum, by forward-reflected-backward splitting."""
     cost, a, b, x = planted(0, 5, 10)

@@ -104,7 +104,7 @@ def test_finite_sum_has_the_same_mean_and_solution():
     assert problem.primal_value(x) == pytest.approx(
         problem.primal_value(deterministic.value[0]), abs=1e-3
     )
-    with pytest.raises(ConfigError, match="products only"):
+    with pytest.raises(ConfigError, match="dense matrix"):
         bilinear_saddle((lambda x: x, lambda y: y), cost=c, offset=c).finite_sum()
 
 

@@ -112,18 +112,22 @@ def test_preconditioned_matrices_have_norm_at_most_one(seed):
     a *= 10.0 ** torch.randint(-6, 7, (20,), generator=g)
     a *= torch.rand(12, 20, generator=g) < 0.5
     a[3], a[:, 5] = 0.0, 0.0
-    row, column = precondition(a)
+    row, column, norm = precondition(a)
     assert row[3] == 1
     assert column[5] == 1
     assert bool((row > 0).all() and (column > 0).all())
     scaled = row[:, None] * a * column
     assert float(torch.linalg.svdvals(scaled)[0]) <= 1 + 1e-12
+    assert norm == pytest.approx(float(torch.linalg.svdvals(scaled)[0]), rel=1e-6)
+    for mine, dense in zip(precondition(a.to_sparse_coo())[:2], (row, column), strict=True):
+        assert torch.allclose(mine, dense, rtol=1e-12)
     sums = scaled.abs().sum(1)[torch.arange(12) != 3]
     assert float(sums.max() / sums.min()) < 100
 
 
 def test_preconditioning_survives_matrices_without_rows():
     """Oracle: factors of 1."""
-    row, column = precondition(torch.zeros(0, 3))
+    row, column, norm = precondition(torch.zeros(0, 3))
     assert row.shape == (0,)
     assert torch.equal(column, torch.ones(3))
+    assert norm == 1
