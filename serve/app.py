@@ -62,11 +62,12 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
     engine: EngineConfig = build(cfg.engine)
     bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
     compressed = LLM(bundle, kv=policy, engine=engine)
-    full = LLM(bundle, engine=engine)
     corpus = _corpus(cfg, bundle, settings)
-    prompts = _prompts(settings, full, corpus)
+    prompts = _prompts(settings, compressed, corpus)
     outputs, seconds = _timed(compressed, prompts, params)
-    references, full_seconds = _timed(full, prompts, params)
+    references, full_seconds = outputs, seconds
+    if policy.budget is not None:
+        references, full_seconds = _timed(LLM(bundle, engine=engine), prompts, params)
     scores = _compare(settings, compressed, corpus, engine)
     samples = [_sample(*row) for row in zip(prompts, references, outputs, strict=True)]
     _show(samples, policy)
