@@ -5,9 +5,9 @@ certificate carries that to the logits: ``e_{l+1} <= rho_l e_l + delta_l``, erro
 trajectory, constants of the dense network. Tokens of the pruned network may leave the dense
 network's balls; then the dense blocks are first proved again on wider ones.
 Source: spec modhifi 5.2 (form B), bound_tightening 2.2 and 5; the chord intervals are our own.
-
-Letters: C width, F MLP width, N elementwise nonlinearities.
 """
+
+# Legend: C width, F MLP width, N elementwise nonlinearities.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
