@@ -148,7 +148,7 @@ class PrimalDualHybridGradient:
         moved = state.iterate - following.point
         # The squared length of the move in the metric of the method, up to a constant factor.
         energy = inner(moved, following.value + following.normal)
-        if energy < -_NOISE_UNITS * torch.finfo(moved.dtype).eps * _scale(state, moved):
+        if energy < 0 and energy < -_noise(state, moved):
             return _enlarged(state)
         error = math.sqrt(max(0.0, energy))
         if state.count == 0:
@@ -284,10 +284,10 @@ def _enlarged(state: PDHGState) -> PDHGState:
     )
 
 
-def _scale(state: PDHGState, moved: Tensor) -> float:
-    """Return the size of the terms that cancel in the energy of a move."""
-    size = norm(state.iterate) + norm(moved)
-    return norm(moved) * (norm(state.field) + state.lipschitz * size)
+def _noise(state: PDHGState, moved: Tensor) -> float:
+    """Return the rounding error of the energy of a move, from the terms that cancel in it."""
+    size = norm(state.field) + state.lipschitz * (norm(state.iterate) + norm(moved))
+    return _NOISE_UNITS * torch.finfo(moved.dtype).eps * norm(moved) * size
 
 
 def _parts(oracle: Oracle, packed: Tensor) -> Point:

@@ -56,6 +56,7 @@ def test_weak_duality_holds_and_the_gap_closes_at_the_solution(pair):
         assert problem.dual_value(y) <= saddle + ROUNDING
     result = solve(problem, "pdhg", atol=1e-9)
     assert result.converged, result.message
+    assert result.verify(problem) == pytest.approx(result.residual, rel=1e-6, abs=1e-14)
     # Over an unbounded domain the gap is infinite at any point that is the least bit infeasible.
     if pair != "half":
         assert -ROUNDING <= problem.duality_gap(result.value) <= 1e-7
