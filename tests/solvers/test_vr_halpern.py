@@ -61,7 +61,8 @@ def test_full_probability_is_the_deterministic_iteration_bit_for_bit(resolvent, 
         point = target if resolvent is None else resolvent(target, eta)
         state = solver.step(oracle, state)
         assert torch.equal(state.point, point)
-    assert oracle.component_evals == 0 and oracle.full_evals == 41
+    assert oracle.component_evals == 0
+    assert oracle.full_evals == 41
 
 
 @pytest.mark.parametrize("resolvent", [None, box])
@@ -171,7 +172,7 @@ def test_one_component_leaves_nothing_to_sample():
 def test_refuses_a_problem_that_is_not_cocoercive():
     """Oracle: the message gives the reason and names the method to use."""
     problem, _ = least_squares(cocoercive=False)
-    with pytest.raises(ConfigError, match="cocoercive on average.*inexact_halpern"):
+    with pytest.raises(ConfigError, match=r"cocoercive on average.*inexact_halpern"):
         solve(problem, "vr_halpern")
 
 
@@ -230,8 +231,10 @@ def test_start_at_the_solution_costs_one_evaluation():
     """Oracle: the contract of spec 7.2."""
     problem, solution = least_squares()
     result = solve(problem, "vr_halpern", start=solution, atol=1e-10)
-    assert result.converged and result.iterations == 0
-    assert result.full_evals == 1 and result.component_evals == 0
+    assert result.converged
+    assert result.iterations == 0
+    assert result.full_evals == 1
+    assert result.component_evals == 0
 
 
 def test_warm_start_continues_from_the_point_and_its_constant():
@@ -241,7 +244,8 @@ def test_warm_start_continues_from_the_point_and_its_constant():
     target = first.residual / 10
     warm = solve(problem, "vr_halpern", atol=target, warm_start=first)
     cold = solve(problem, "vr_halpern", atol=target)
-    assert warm.converged and cold.converged
+    assert warm.converged
+    assert cold.converged
     assert warm.oracle_calls < cold.oracle_calls
 
 
@@ -278,7 +282,8 @@ def test_keeps_the_dtype(dtype):
     """Oracle: the dtype of the start."""
     problem, _ = least_squares(dtype=dtype)
     result = solve(problem, "vr_halpern", rtol=1e-3, atol=0.0)
-    assert result.converged and result.value.dtype == dtype
+    assert result.converged
+    assert result.value.dtype == dtype
 
 
 @pytest.mark.parametrize(
