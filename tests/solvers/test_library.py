@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from common.bundle import save_bundle
 from common.errors import LipError
+from common.models import LipschitzMLP
 from solvers import solve, standard_problem
 from solvers.library import PROBLEMS
 from solvers.structure import Structure
@@ -196,6 +198,21 @@ def test_group_dro_reads_the_digits():
     assert examples.features_ND.shape[1] == 65
     assert sorted(set(examples.group_N.tolist())) == list(range(10))
     assert set(examples.label_N.tolist()) == {-1.0, 1.0}
+
+
+def test_group_dro_reads_the_last_hidden_layer_of_a_classifier(tmp_path):
+    """Oracle: the model's own forward pass: its last layer applied to the features."""
+    pytest.importorskip("sklearn")
+    from solvers.library.features import hidden_features
+
+    model = LipschitzMLP([64, 8, 6, 10])
+    path = save_bundle(tmp_path / "digits", model).path
+    pixels = torch.rand(5, 64)
+    found = model.linears[-1](hidden_features(path, pixels))
+    assert torch.allclose(found, model(pixels), atol=1e-6)
+    other = save_bundle(tmp_path / "other", LipschitzMLP([4, 3, 2])).path
+    with pytest.raises(LipError, match="64 pixels"):
+        hidden_features(other, pixels)
 
 
 def test_shared_multipliers_are_the_mean_of_their_cells():
