@@ -25,6 +25,7 @@ from solvers.sampled import (
     constants,
     judged,
     of_certified,
+    unsampled,
 )
 from solvers.sampling import Sampler
 from solvers.solution import State, Status
@@ -105,7 +106,7 @@ class InexactHalpern:
         """
         problem = oracle.problem
         if not isinstance(problem, FiniteSumInclusion) or problem.num_components == 1:
-            return _plain(oracle).init(oracle, start)
+            return unsampled(_plain(oracle), oracle, start)
         found = certified_start(oracle, start)
         known = problem.mean_square_bound(self.sampling)
         batch = min(self.batch, problem.num_components)

@@ -228,3 +228,21 @@ def test_best_residual_never_rises_with_more_work():
             solve(problem, method, atol=0.0, max_iterations=n).residual for n in (1, 5, 25, 125)
         ]
         assert cuts == sorted(cuts, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "taken_over"),
+    [
+        ("vr_halpern", "halpern_restarted"),
+        ("inexact_halpern", "feg"),
+        ("vr_extragradient", "extragradient"),
+    ],
+)
+def test_one_component_leaves_nothing_to_sample(method, taken_over):
+    """Oracle: the run of the deterministic method, step for step; the message says so."""
+    problem = quadratic(lipschitz_bound=1.0)
+    expected, result = (solve(problem, name, atol=1e-3) for name in (taken_over, method))
+    assert result.converged
+    assert result.trace == expected.trace
+    assert result.component_evals == 0
+    assert f"{taken_over} took over" in result.message
