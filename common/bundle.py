@@ -226,25 +226,12 @@ def load_bundle(path: str | Path, *, device: str | torch.device = "cpu") -> Bund
     fill_model(path, model, state)
     if certificate is not None:
         void = _void_reason(path, certificate, state, model)
-    try:
-        tokenizer = (
-            tokenizer_from_json(parse_json(path, TOKENIZER, contents))
-            if TOKENIZER in contents
-            else None
-        )
-        model.to(device)
-    except LipError as error:
-        raise BundleError(f"{path / TOKENIZER}: {error}") from None
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BackendError(f"device={device}: not available ({reason}); use device=cpu") from None
+    is_transformer = isinstance(model, LipschitzTransformer)
     return Bundle(
         path=path,
-        config=model.config
-        if isinstance(model, LipschitzTransformer)
-        else describe_model(model)[1],
-        model=model.eval(),
-        tokenizer=tokenizer,
+        config=model.config if is_transformer else describe_model(model)[1],
+        model=_moved(model, device).eval(),
+        tokenizer=_read_tokenizer(path, contents),
         compression=parse_json(path, COMPRESSION, contents) if COMPRESSION in contents else None,
         kv_stats=parse_tensors(path, KV_STATS, contents[KV_STATS])
         if KV_STATS in contents
@@ -254,6 +241,24 @@ def load_bundle(path: str | Path, *, device: str | torch.device = "cpu") -> Bund
         void=void,
         _certificate=certificate,
     )
+
+
+def _moved(model: Any, device: str | torch.device) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BackendError(f"device={device}: not available ({reason}); use device=cpu") from None
+
+
+def _read_tokenizer(path: Path, contents: Mapping[str, bytes]) -> Tokenizer | None:
+    if TOKENIZER not in contents:
+        return None
+    content = parse_json(path, TOKENIZER, contents)
+    try:
+        return tokenizer_from_json(content)
+    except LipError as error:
+        raise BundleError(f"{path / TOKENIZER}: {error}") from None
 
 
 def _replace(

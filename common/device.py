@@ -1,4 +1,6 @@
-"""Which device a command computes on."""
+"""Which device a command computes on, and how many CPU cores it may use."""
+
+import os
 
 import torch
 
@@ -22,3 +24,10 @@ def resolve_device(name: str) -> str:
             "use device=auto"
         )
     return name
+
+
+def usable_cpus() -> int:
+    """Return how many CPU cores this process may use; 1 where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

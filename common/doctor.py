@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from common.device import usable_cpus
 from common.errors import ConfigError
 from common.ledger import versions
 from common.locate import shipped_bundles
@@ -42,9 +43,8 @@ def hints(folder: Path) -> Iterator[str]:
     Args:
         folder: Where runs will be written.
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if torch.get_num_threads() < (cpus or 1):
-        yield f"torch uses {torch.get_num_threads()} of {cpus} CPUs: unset OMP_NUM_THREADS"
+    if torch.get_num_threads() < usable_cpus():
+        yield f"torch uses {torch.get_num_threads()} of {usable_cpus()} CPUs: unset OMP_NUM_THREADS"
     if shutil.disk_usage(folder).free < _MIN_FREE_BYTES:
         yield f"less than 1 GiB is free in {folder}: runs may fail while writing"
     if not torch.cuda.is_available():

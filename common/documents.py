@@ -5,15 +5,12 @@ memory holds no more than a piece or a row. A stored position continues an inter
 """
 
 import glob
-import logging
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from common.errors import BackendError, DataError
+from common.hub import datasets_library, require_host
 from common.sources import Files, Hub, TextChecker, readable
 
 PIECE_BYTES = 1 << 20
@@ -95,12 +92,7 @@ def open_rows(source: Files | Hub) -> Any:
     Raises:
         BackendError: when ``datasets`` is not installed.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise BackendError("reading a corpus needs datasets: pip install datasets") from None
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
+    datasets = datasets_library("reading a corpus")
     if isinstance(source, Hub):
         require_host(datasets.config.HF_ENDPOINT, offline=datasets.config.HF_HUB_OFFLINE)
         return datasets.load_dataset(
@@ -116,15 +108,6 @@ def open_rows(source: Files | Hub) -> Any:
         return datasets.IterableDataset.from_generator(_read_texts, gen_kwargs={"names": names})
     names = [glob.escape(str(path)) for path in source.paths]
     return datasets.load_dataset(source.loader, data_files=names, split="train", streaming=True)
-
-
-def require_host(endpoint: str, *, offline: bool) -> None:
-    """Raise ``OSError`` at once where the hub's name cannot be resolved.
-
-    Without a name server its library would retry for half a minute, loudly.
-    """
-    if not offline and not urllib.request.getproxies():
-        socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, None)
 
 
 def _read_texts(names: list[str]) -> Iterator[dict[str, str]]:

@@ -5,7 +5,6 @@ uint8 or floats, colour last, and integer labels (N,).
 """
 
 import io
-import logging
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from common.documents import require_host
 from common.errors import BackendError, DataError
+from common.hub import datasets_library, require_host
 
 Part = tuple[np.ndarray, np.ndarray]
 _ROW = 1 + 3 * 32 * 32
@@ -107,12 +106,7 @@ def read_hub(name: str) -> tuple[Part, Part]:
         DataError: when it cannot be reached.
         BackendError: when ``datasets`` is not installed.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise BackendError("images from the hub need datasets: pip install datasets") from None
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
+    datasets = datasets_library("reading images from the hub")
     parts = []
     try:
         require_host(datasets.config.HF_ENDPOINT, offline=datasets.config.HF_HUB_OFFLINE)

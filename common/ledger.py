@@ -235,9 +235,14 @@ def _execute(run: Run, body: Body, settings: Any) -> Finished:
     }
     if outcome.notes:
         summary["notes"] = outcome.notes
-    write_json(run.directory / RUN_FILE, record | {"objective": outcome.objective})
+    write_json(run.directory / RUN_FILE, record | {"objective": _number(outcome.objective)})
     write_json(run.directory / SUMMARY_FILE, summary)
     return Finished(path=run.directory / SUMMARY_FILE, summary=summary, objective=outcome.objective)
+
+
+def _number(value: float | None) -> float | None:
+    # A sweep may learn that a run failed from an infinite objective; JSON cannot.
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _finite(value: Any) -> Any:

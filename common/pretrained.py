@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.documents import require_host
 from common.errors import BackendError, DataError
+from common.hub import require_host
 from common.tokenizer import BpeTokenizer, byte_level_alphabet
 
 GPT2 = "openai-community/gpt2"

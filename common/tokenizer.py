@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.config import one_of
 from common.errors import BackendError, ConfigError, DataError
 
 FORMAT_VERSION = 1
@@ -249,8 +250,7 @@ def train_tokenizer(
         DataError: for text that is empty or not UTF-8 where characters are needed.
         BackendError: when ``bpe`` is asked for and ``tokenizers`` is not installed.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"tokenizer={kind!r}: expected one of {', '.join(KINDS)}")
+    one_of("data.tokenizer", kind, KINDS)
     if kind == "bpe":
         return _train_bpe(texts, 1024 if vocab_size is None else vocab_size)
     if kind == "byte":

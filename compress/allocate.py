@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from common.config import one_of
 from common.errors import ConfigError
 
 EXACT_LIMIT = 10**9
 """Elementary steps up to which the knapsack is solved exactly."""
+_REMEDY = "lower compress.min_keep or compress.align, or raise compress.keep"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -67,13 +69,12 @@ def allocate(
     Raises:
         ConfigError: for an unknown method or when the curves do not reach the budget.
     """
-    if method not in ALLOCATORS:
-        raise ConfigError(f"allocation={method!r}: expected one of {', '.join(ALLOCATORS)}")
+    one_of("compress.allocation", method, ALLOCATORS)
     reach = sum(curve.cost * curve.options(align)[-1] for curve in curves)
     if reach < needed(curves, keep):
         raise ConfigError(
-            f"keep={keep}: the layers' least kept numbers leave at most {reach} of the "
-            f"{needed(curves, keep)} units to remove; lower min_keep or align, or raise keep"
+            f"compress.keep={keep}: the layers' least kept numbers leave at most {reach} of the "
+            f"{needed(curves, keep)} units to remove; {_REMEDY}"
         )
     removed = ALLOCATORS[method](curves, keep, align)
     return [curve.components - gone for curve, gone in zip(curves, removed, strict=True)]
@@ -100,8 +101,8 @@ def _uniform(curves: Sequence[Curve], keep: float, align: int) -> list[int]:
         larger = [option for option in curve.options(align) if option >= wanted]
         if not larger:
             raise ConfigError(
-                f"keep={keep}: a layer of {curve.components} components cannot lose {wanted}; "
-                "lower min_keep or align, or raise keep"
+                f"compress.keep={keep}: a layer of {curve.components} components cannot lose "
+                f"{wanted}; {_REMEDY}"
             )
         removed.append(larger[0])
     return removed

@@ -1,5 +1,7 @@
 """Command ``compress``: prune a certified bundle, bound what that changed, write a new bundle."""
 
+# Legend: B sequences, T tokens.
+
 import logging
 from pathlib import Path
 from typing import Any

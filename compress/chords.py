@@ -3,9 +3,9 @@
 For inputs of norm at most R a pre-activation ``z = g x + b`` stays within ``reach = R |g|`` of
 ``b``; the interval holds ``(phi(z) - phi(b)) / (z - b)`` for all of them. It is never wider than
 the slope interval, and at ``b = 0`` it is the sector. Everything is widened outward.
-
-Letters: N neurons, P grid points.
 """
+
+# Legend: N neurons, P grid points.
 
 import torch
 from torch import Tensor

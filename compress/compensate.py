@@ -3,16 +3,16 @@
 Unconstrained least squares destroys a Lipschitz certificate; the cap keeps it. Sources:
 arXiv 2511.19566 (compensation is ordinary least squares for linear maps); the ridge toward the
 original weights and the cap are our own.
-
-Letters: I inputs, O outputs, K kept inputs, R removed inputs.
 """
+
+# Legend: I inputs, O outputs, K kept inputs, R removed inputs.
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from common.errors import ConfigError
+from common.config import one_of
 from compress.fidelity import regular_cholesky
 from compress.targets import Problem
 
@@ -42,8 +42,7 @@ def compensate(
     Raises:
         ConfigError: for an unknown method.
     """
-    if method not in METHODS:
-        raise ConfigError(f"comp={method!r}: expected one of {', '.join(METHODS)}")
+    one_of("compress.comp", method, METHODS)
     if len(kept_K) == len(problem.weight_IO):
         return problem.weight_IO[kept_K]
     return METHODS[method](problem, kept_K, cap)

@@ -5,9 +5,9 @@ certificate carries that to the logits: ``e_{l+1} <= rho_l e_l + delta_l``, erro
 trajectory, constants of the dense network. Tokens of the pruned network may leave the dense
 network's balls; then the dense blocks are first proved again on wider ones.
 Source: spec modhifi 5.2 (form B), bound_tightening 2.2 and 5; the chord intervals are our own.
-
-Letters: C width, F MLP width, N elementwise nonlinearities.
 """
+
+# Legend: C width, F MLP width, N elementwise nonlinearities.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,11 @@ from common.norms import (
 )
 from compress.chords import chord_interval
 from compress.targets import block_indices
-from solvers.bounds.checker import prove_block
+from solvers.bounds.ellipsoid import Tokens
 from solvers.bounds.mlp_block import tighten_mlp
 from solvers.bounds.mlp_proof import MlpForm, mlp_bound
 from solvers.bounds.slopes import PHI_ERROR, apply
+from solvers.bounds.stream_proof import prove_block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,22 +77,20 @@ def certified_deviation(
         CertificateError: if anything else than the MLPs differs.
     """
     _require_same_frame(dense, pruned)
-    radius = certificate.radius
+    tokens = Tokens.ball(certificate.width, certificate.radius)
     deltas, radii, blocks = [], [], []
     for index, kept_K in enumerate(kept):
         attention, mlp = certificate.blocks[2 * index : 2 * index + 2]
-        attention = _prove_wider(dense, certificate, attention, radius)
-        radii.append(radius)
-        # The attention output is homogeneous in the radius: it has no biases on its values.
-        if radius > 0:
-            radius = round_up(radius * (attention.radius_out / attention.radius_in))
-        mlp = _prove_wider(dense, certificate, mlp, radius)
-        radii.append(radius)
+        radii.append(tokens.radius)
+        attention, tokens = _prove_again(dense, certificate, attention, tokens)
+        radii.append(tokens.radius)
+        radius_in = tokens.radius
+        mlp, tokens = _prove_again(dense, certificate, mlp, tokens)
         blocks += [attention, mlp]
         delta, radius_out = _block_bounds(
-            dense.layers[index].mlp, pruned.layers[index].mlp, kept_K, mlp.radius_in, max_evals
+            dense.layers[index].mlp, pruned.layers[index].mlp, kept_K, radius_in, max_evals
         )
-        radius = min(radius_out, round_up(mlp.radius_out + delta))
+        tokens = _widened(tokens, delta, radius_out)
         deltas += [0.0, delta]
     enlarged = dataclasses.replace(certificate, blocks=tuple(blocks))
     return Deviation(
@@ -208,30 +207,36 @@ def _block_bounds(
     return delta, branch_bound(tensors, pruned.layer, radius, skip=1 - a, max_evals=0)
 
 
-def _prove_wider(
-    dense: Any, certificate: Certificate, block: BlockProof, radius: float
-) -> BlockProof:
-    """Return a block's proof on the ball of ``radius``, proved again where that is wider."""
-    if radius <= block.radius_in:
-        return block
-    multipliers = {
-        name.removeprefix(block.key): tensor
-        for name, tensor in certificate.multipliers.items()
-        if name.startswith(block.key)
-    }
-    naive_radius = max(radius, block.naive_radius_in)
+def _widened(tokens: Tokens, delta: float, radius_out: float) -> Tokens:
+    """Return where tokens of both networks lie after a block that pruning moved by ``delta``."""
+    if delta == 0.0:
+        return tokens
+    both = max(tokens.radius, min(radius_out, round_up(tokens.radius + delta)))
+    naive_radius = max(both, round_up(tokens.naive_radius + delta))
+    return Tokens(tokens.domain.plus_ball(delta), both, naive_radius)
+
+
+def _prove_again(
+    dense: Any, certificate: Certificate, block: BlockProof, tokens: Tokens
+) -> tuple[BlockProof, Tokens]:
+    """Return a block's proof where the tokens of both networks lie, and where they go."""
     bound = prove_block(
-        dense.config, dense.state_dict(), block.index, radius, naive_radius, multipliers
+        dense.config,
+        dense.state_dict(),
+        block.index,
+        tokens,
+        certificate.block_multipliers(block.index),
     )
-    return dataclasses.replace(
+    proof = dataclasses.replace(
         block,
         tightened=bound.tightened,
         naive=bound.naive,
-        radius_in=radius,
+        radius_in=tokens.radius,
         radius_out=bound.radius_out,
-        naive_radius_in=naive_radius,
+        naive_radius_in=tokens.naive_radius,
         naive_radius_out=bound.naive_radius_out,
     )
+    return proof, bound.tokens
 
 
 def _norm_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> float:

@@ -4,9 +4,9 @@ Every score is a function ``(problem, keep, seed) -> Ranking`` in ``SCORES``. Th
 is backward elimination with exact costs (optimal brain surgeon form), in pooled lazy blocks;
 ``singleton`` is the published score. Source: arXiv 2511.19566, with block components and the
 backward form of our own.
-
-Letters: I inputs, O outputs, U inputs per component, N components, P pooled inputs.
 """
+
+# Legend: I inputs, O outputs, U inputs per component, N components, P pooled inputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.config import one_of
 from common.errors import ConfigError
 from compress.targets import Problem, block_indices, diagonal_blocks
 
@@ -77,8 +78,7 @@ def rank(problem: Problem, score: str = "obs", *, keep: int = 0, seed: int = 0) 
     Raises:
         ConfigError: for an unknown score.
     """
-    if score not in SCORES:
-        raise ConfigError(f"score={score!r}: expected one of {', '.join(SCORES)}")
+    one_of("compress.score", score, SCORES)
     return SCORES[score](problem, keep, seed)
 
 

@@ -1,7 +1,6 @@
-"""One layer: which components stay and which weights they get.
+"""One layer: which components stay and which weights they get."""
 
-Letters: I inputs of the pruned map, O its outputs, K kept inputs.
-"""
+# Legend: I inputs of the pruned map, O its outputs, K kept inputs.
 
 import dataclasses
 import math

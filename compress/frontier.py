@@ -1,5 +1,7 @@
 """Sparsity against quality and proof: further budgets, evaluated one-shot for the report."""
 
+# Legend: B sequences, T tokens.
+
 import dataclasses
 from typing import Any
 

@@ -2,9 +2,9 @@
 
 Sums are kept in float64; products of one chunk of rows may be formed in float32. Statistics of
 separate parts add up, in any order. Source: arXiv 2511.19566 (Gram identity: our derivation).
-
-Letters: B sequences, T tokens, C width, I inputs of the pruned map, M rows (tokens).
 """
+
+# Legend: B sequences, T tokens, C width, I inputs of the pruned map, M rows (tokens).
 
 import logging
 from collections.abc import Callable, Iterator

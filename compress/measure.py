@@ -1,9 +1,9 @@
 """What pruning does on text and on the clock: bits per byte, deviations, speed.
 
 Everything here is a measurement; bounds are in ``deviation``.
-
-Letters: B sequences, T tokens, C width.
 """
+
+# Legend: B sequences, T tokens, C width.
 
 import copy
 import math

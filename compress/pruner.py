@@ -1,7 +1,6 @@
-"""Pruning a model: survey the dense layers, share the budget, refit layer by layer, cut.
+"""Pruning a model: survey the dense layers, share the budget, refit layer by layer, cut."""
 
-Letters: B sequences, T tokens, C width, K kept inputs.
-"""
+# Legend: B sequences, T tokens, C width, K kept inputs.
 
 import dataclasses
 import logging

@@ -1,11 +1,12 @@
 """``prune``: from a certified bundle to a smaller bundle and the account of what it cost."""
 
+# Legend: B sequences, T tokens, M positions.
+
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.bundle import Bundle, save_bundle
@@ -152,7 +153,7 @@ def make_report(
     return PruneReport(
         settings=settings,
         removed_fraction=pruning.removed_fraction,
-        params_fraction=_parameters(pruning.model) / _parameters(dense),
+        params_fraction=pruning.model.num_parameters / dense.num_parameters,
         measured_deviation=measured.logits,
         semi_empirical_deviation=semi,
         certified_deviation=deviation.logits,
@@ -237,7 +238,3 @@ def _layer_record(fit: LayerFit, deviation: Deviation, measured: Measured) -> di
         "measured_delta": measured.deltas[block],
         "radius": deviation.radii[block],
     }
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,5 +1,7 @@
 """Really smaller layers: a new model whose tensors have fewer rows and columns."""
 
+# Legend: O/I out/in features, K kept neurons.
+
 from collections.abc import Sequence
 from typing import Any
 

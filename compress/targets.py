@@ -3,9 +3,9 @@
 A neuron is a block of one input of the down projection, a MaxMin pair a block of two; an
 attention head would be a block of ``head_dim`` inputs of the output projection. Everything
 downstream (scores, allocation, compensation) sees only blocks.
-
-Letters: I inputs of the pruned map, O its outputs, U inputs per component.
 """
+
+# Legend: I inputs of the pruned map, O its outputs, U inputs per component.
 
 from dataclasses import dataclass
 from typing import Any

@@ -25,6 +25,7 @@ from solvers.sampled import (
     constants,
     judged,
     of_certified,
+    unsampled,
 )
 from solvers.sampling import Sampler
 from solvers.solution import State, Status
@@ -57,7 +58,8 @@ class InexactHalpern:
 
     Attributes:
         seed: Of the sampled components and coins.
-        restart_factor: Residual ratio that moves the anchor, in [0, 1); 0 never does.
+        restart_factor: Residual ratio that moves the anchor, in [0, 1); 0 never does. A resolvent
+            of this length shrinks residuals fast, so 0.3 saves a quarter of the calls of 0.5.
         inner: ``fixed`` takes ``m (N/b) ln(k+2) + 1`` steps; ``certified`` stops at the first
             snapshot whose proved error is at most ``accuracy / (k+2)`` of the move.
         inner_epochs: ``m``; None is 1 with restarts and 0.3 without.
@@ -65,7 +67,7 @@ class InexactHalpern:
         outer_scale: ``eta L_b sqrt(b/N)``; 1 balances inner and outer cost.
         step_scale: Inner step in units of ``sqrt(p (1-p)) / L``; proofs need 0.5.
         batch: b, components of one sampled difference; more suit a GPU.
-        implicit: Treat the identity of the inner problem exactly.
+        implicit: Treat the identity of the inner problem exactly, which allows longer steps.
         reflect: Anchor ``2 J - I`` instead of ``J``; use with restarts.
         sampling: Law; ``auto`` is the problem's own.
         residual_at: ``anchored`` measures at ``u_{k+1}``, for comparison with the paper.
@@ -75,14 +77,14 @@ class InexactHalpern:
 
     name: ClassVar[str] = "inexact_halpern"
     seed: int = 0
-    restart_factor: float = 0.5
+    restart_factor: float = 0.3
     inner: Literal["fixed", "certified"] = "fixed"
     inner_epochs: float | None = None
     accuracy: float | None = None
     outer_scale: float = 1.0
     step_scale: float = 1.0
     batch: int = 1
-    implicit: bool = False
+    implicit: bool = True
     reflect: bool = False
     sampling: Sampling = "auto"
     residual_at: Literal["resolvent", "anchored"] = "resolvent"
@@ -104,7 +106,7 @@ class InexactHalpern:
         """
         problem = oracle.problem
         if not isinstance(problem, FiniteSumInclusion) or problem.num_components == 1:
-            return _plain(oracle).init(oracle, start)
+            return unsampled(_plain(oracle), oracle, start)
         found = certified_start(oracle, start)
         known = problem.mean_square_bound(self.sampling)
         batch = min(self.batch, problem.num_components)

@@ -174,15 +174,10 @@ def solve(problem: Problem, method: str = "auto", **settings: Any) -> Result:
     choice = choose(problem)
     throw = of_loop.pop("throw", False)
     result = iterate(problem, make_solver(choice.method, **settings), **of_loop)
-    reason = f"Chosen as {choice.reason}."
+    reason = f"{choice.method} was chosen because {choice.reason}."
     if result.status is Status.ASSUMPTION_VIOLATED and choice.fallback is not None:
-        of_loop = {k: v for k, v in of_loop.items() if k not in ("start", "warm_start")}
-        first, result = (
-            result,
-            iterate(problem, make_solver(choice.fallback), start=result.value, **of_loop),
-        )
-        result = _joined(first, result)
-        reason = f"Chosen after {choice.method} found the operator not to be cocoercive."
+        result = _joined(result, iterate(problem, make_solver(choice.fallback), **of_loop))
+        reason = f"{choice.fallback} took over because {choice.method} found F not cocoercive."
     result = replace(result, detail=f"{result.detail} {reason}".lstrip())
     return result.raise_for_status() if throw else result
 

@@ -24,6 +24,7 @@ from solvers.structure import inner, norm
 
 _UPPER = 0.8  # accepted slope above zero, relative to the first slope
 _LOWER = 0.9  # accepted slope below zero
+_FALLING = 1.0 + 1e-6  # slope relative to the first one that no convex function has ahead
 _MAX_TRIALS = 30
 _CURVATURE = 1e-12  # pairs with a smaller relative curvature are not kept
 
@@ -76,12 +77,14 @@ class Lbfgs:
         """Search along the quasi-Newton direction, or along the gradient when that fails."""
         if state.residual == 0:
             return state
+        failure = Status.ASSUMPTION_VIOLATED
         for pairs in (state.pairs, ()):
             direction = -_inverse_hessian(state.value, pairs, state.lipschitz)
             found = _search(oracle, state, direction)
-            if found is not None:
+            if not isinstance(found, Status):
                 return self._accept(state, pairs, *found)
-        return replace(state, failure=Status.ASSUMPTION_VIOLATED)
+            failure = found
+        return replace(state, failure=failure)
 
     def _accept(
         self,
@@ -121,11 +124,15 @@ def _inverse_hessian(
     return result
 
 
-def _search(oracle: Oracle, state: LbfgsState, direction: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return a point along the direction whose slope is close to zero, with its gradient."""
+def _search(oracle: Oracle, state: LbfgsState, direction: Tensor) -> tuple[Tensor, Tensor] | Status:
+    """Return a point along the direction whose slope is close to zero, with its gradient.
+
+    Without one, the failure says what the slopes contradict: convexity where they fall, the
+    existence of a minimum where they stay below zero for ever.
+    """
     first = inner(state.value, direction)
     if not first < 0:
-        return None
+        return Status.ASSUMPTION_VIOLATED
     low, high, slope_low, slope_high = 0.0, math.inf, first, math.inf
     length = 1.0
     for _ in range(_MAX_TRIALS):
@@ -136,12 +143,14 @@ def _search(oracle: Oracle, state: LbfgsState, direction: Tensor) -> tuple[Tenso
             slope = math.inf
         if _LOWER * first <= slope <= -_UPPER * first:
             return point, value
+        if slope < _FALLING * first:
+            return Status.NOT_MONOTONE
         if slope < 0:
             low, slope_low = length, slope
         else:
             high, slope_high = length, slope
         length = _next_length(low, high, slope_low, slope_high)
-    return None
+    return Status.NO_SOLUTION_SUSPECTED if math.isinf(high) else Status.ASSUMPTION_VIOLATED
 
 
 def _next_length(low: float, high: float, slope_low: float, slope_high: float) -> float:

@@ -36,7 +36,7 @@ def linear_program(
 
     Args:
         cost_N: c, floating.
-        equal: ``(A_eq, b_eq)`` of shapes (rows, N) and (rows,); may have no rows.
+        equal: ``(A_eq, b_eq)`` of shapes (rows, N) and (rows,), the matrix dense or sparse.
         at_most: ``(A_ub, b_ub)``, likewise.
         low: Lower bounds of x, a number or (N,).
         high: Upper bounds.
@@ -60,8 +60,10 @@ def linear_program(
             )
     sign = torch.cat((torch.full_like(b_eq, -math.inf), torch.zeros_like(b_ub)))
     box = Box(low, high)
+    # Dense and sparse matrices do not join, and one side is often empty.
+    filled = [matrix for matrix in (a_eq, a_ub) if len(matrix)] or [a_eq]
     return bilinear_saddle(
-        torch.cat((a_eq, a_ub)),
+        torch.cat(filled),
         cost=cost_N,
         offset=torch.cat((b_eq, b_ub)),
         primal=box,

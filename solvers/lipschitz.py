@@ -23,6 +23,7 @@ _NOISE_UNITS = 16.0  # rounding allowance of the tests of slopes, in units of ep
 _NEGATIVE = 1e-10  # relative size of an inner product that counts as negative
 _SKEW = 1e4  # L over the observed slope beyond which F cannot be called cocoercive
 _MAX_DOUBLINGS = 40
+_MAX_NONFINITE = 12  # in a whole run
 
 Judgement = tuple[bool, Status | None]
 
@@ -129,8 +130,12 @@ def backtracked(
         passed, failure = holds(old, old_value, point, value, lipschitz)
         if passed:
             return Trial(point, value, lipschitz)
+        # Counted over the whole run, or a method could creep towards a wall of NaN for ever.
+        oracle.nonfinite += not bool(torch.isfinite(value).all())
         if failure is not None:
             return failure
+        if oracle.nonfinite > _MAX_NONFINITE:
+            break
         lipschitz *= 2
     return Status.NONFINITE
 

@@ -26,6 +26,7 @@ class Oracle:
         lipschitz_source: ``given``, ``power`` or ``backtracked``: origin of the first constant.
         warm: Last state of the run that this one continues; methods may read more than L from it.
         first: Point and value of the first evaluation; None before it.
+        nonfinite: Values that were not finite so far, where a method counted them.
         last: Point of the last full evaluation.
         scale: Norm of ``F`` at the start on the tangent space of the domain of G, where known.
     """
@@ -38,6 +39,7 @@ class Oracle:
         self.lipschitz_floor = 0.0
         self.warm = warm
         self.scale = 0.0
+        self.nonfinite = 0
         self.lipschitz_source = "given" if problem.lipschitz_bound is not None else "backtracked"
         self.first: tuple[Tensor, Tensor] | None = None
         self.last: Tensor | None = None

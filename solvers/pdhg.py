@@ -7,45 +7,25 @@ Source: spec halpern_solvers 2.8 (rHPDHG, arXiv 2407.16144; cuPDLPx, arXiv 2507.
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from common.config import check_types, positive, within
 from common.errors import ConfigError
-from common.norms import spectral_norm_bound
 from solvers.infeasibility import Verdict, no_solution
 from solvers.iterate import register
+from solvers.lipschitz import first_lipschitz
 from solvers.oracle import Oracle
 from solvers.primal_weight import PrimalWeight
-from solvers.resolvents import Step
 from solvers.saddle import BilinearSaddle, Point
-from solvers.scaling import precondition
+from solvers.scaling import Metric, precondition
 from solvers.solution import State, Status
 from solvers.structure import inner, norm
 
 _NOISE_UNITS = 64.0  # rounding allowance of the energy of a move, in units of eps
 _ENLARGE = 1.5  # factor on a norm of the coupling that a step contradicts
-
-
-class Metric(NamedTuple):
-    """Step lengths of the method: ``tau = eta column^2 / omega``, ``sigma = eta omega row^2``.
-
-    Attributes:
-        column: Factors of the primal variables; 1 without preconditioning.
-        row: Factors of the dual variables.
-        coupling: Spectral norm of ``diag(row) A diag(column)``.
-    """
-
-    column: Step
-    row: Step
-    coupling: float
-
-    def steps(self, scale: float, weight: float) -> tuple[Step, Step]:
-        """Return ``tau`` and ``sigma`` for ``eta = scale / coupling``."""
-        eta = scale / self.coupling
-        return eta / weight * self.column**2, eta * weight * self.row**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +75,7 @@ class PrimalDualHybridGradient:
         adapt_weight: Whether restarts adapt the primal weight.
         primal_weight: First primal weight, above 0; None takes the ratio of the diameters of the
             domains, or of the norms of cost and offset where these are unbounded.
-        diagonal: Whether dense problems with separable resolvents are preconditioned.
+        diagonal: Whether problems with a known matrix and separable resolvents are preconditioned.
     """
 
     name: ClassVar[str] = "pdhg"
@@ -137,11 +117,10 @@ class PrimalDualHybridGradient:
             )
         point = oracle.resolvent(start, 1.0)
         field, normal = oracle.first_value(point), start - point
-        known = (problem.lipschitz_bound, problem.lipschitz_est)
-        lipschitz = max(next(c for c in known if c is not None), oracle.lipschitz_floor) or 1.0
+        lipschitz = first_lipschitz(oracle, point, field)
         metric = Metric(1.0, 1.0, lipschitz)
         if self.diagonal and problem.matrix is not None and problem.is_separable:
-            metric = _preconditioned(problem.matrix)
+            metric = precondition(problem.matrix)
         return PDHGState(
             point=point,
             normal=normal,
@@ -169,7 +148,7 @@ class PrimalDualHybridGradient:
         moved = state.iterate - following.point
         # The squared length of the move in the metric of the method, up to a constant factor.
         energy = inner(moved, following.value + following.normal)
-        if energy < -_NOISE_UNITS * torch.finfo(moved.dtype).eps * _scale(state, moved):
+        if energy < 0 and energy < -_noise(state, moved):
             return _enlarged(state)
         error = math.sqrt(max(0.0, energy))
         if state.count == 0:
@@ -305,16 +284,10 @@ def _enlarged(state: PDHGState) -> PDHGState:
     )
 
 
-def _scale(state: PDHGState, moved: Tensor) -> float:
-    """Return the size of the terms that cancel in the energy of a move."""
-    size = norm(state.iterate) + norm(moved)
-    return norm(moved) * (norm(state.field) + state.lipschitz * size)
-
-
-def _preconditioned(matrix_MN: Tensor) -> Metric:
-    factors = precondition(matrix_MN)
-    scaled_MN = factors.row_M[:, None] * matrix_MN * factors.column_N
-    return Metric(factors.column_N, factors.row_M, spectral_norm_bound(scaled_MN) or 1.0)
+def _noise(state: PDHGState, moved: Tensor) -> float:
+    """Return the rounding error of the energy of a move, from the terms that cancel in it."""
+    size = norm(state.field) + state.lipschitz * (norm(state.iterate) + norm(moved))
+    return _NOISE_UNITS * torch.finfo(moved.dtype).eps * norm(moved) * size
 
 
 def _parts(oracle: Oracle, packed: Tensor) -> Point:

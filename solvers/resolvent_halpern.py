@@ -107,6 +107,7 @@ class ResolventHalpern:
         """Return ``J(u_k)`` as the state that solves ``0 in v - u_k + eta (F + G)(v)``."""
         eta = self.step_scale / state.lipschitz
         regularised = Oracle(_regularised(oracle, state.iterate, eta))
+        regularised.nonfinite = oracle.nonfinite
         # The resolvent before is the best guess, and F is known there.
         value = state.point - state.iterate + eta * state.value
         inner = MonotoneState(
@@ -121,6 +122,7 @@ class ResolventHalpern:
         )
         for _ in range(math.ceil(_MOST_INNER * (1 + self.step_scale))):
             inner = _INNER.step(regularised, inner)
+            oracle.nonfinite = regularised.nonfinite
             # The inner operator is 1-strongly monotone, so its residual bounds the error.
             moved = norm(inner.point - state.iterate) - inner.residual
             if inner.residual <= self.accuracy / (state.count + 2) * moved:

@@ -81,6 +81,8 @@ class Box(ConvexResolvent):
 
     def __call__(self, z: Tensor, step: Step) -> Tensor:
         """Return the nearest point of the box."""
+        if not isinstance(self.low, Tensor) and not isinstance(self.high, Tensor):
+            return z.clamp(self.low, self.high)
         low, high = self.ends(z)
         return torch.minimum(torch.maximum(z, low), high)
 

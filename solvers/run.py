@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ _RECOVERIES = {Status.NONFINITE: 1, Status.DIVERGED: 10}
 class Solver(Protocol):
     """A method: settings only, no mutable state."""
 
-    name: str
+    name: ClassVar[str]
 
     def init(self, oracle: Oracle, start: Tensor) -> Any:
         """Return the first state."""
@@ -67,7 +67,8 @@ class Run:
         self.oracle, self.solver, self.limits, self.callback = oracle, solver, limits, callback
         self.began = time.perf_counter()
         self.state: State = solver.init(oracle, start)
-        self.first = self.best = self.best_exact = self.state
+        self.first = self.best = self.state
+        self.best_exact: State | None = None
         self.tolerance = limits.atol + limits.rtol * max(self.state.residual, oracle.scale)
         self.drift = Drift(self.state.point, self.state.residual)
         self.iterations = -1
@@ -170,13 +171,17 @@ class Run:
         self.trace.append(TracePoint(self.oracle.calls, state.residual, state.lipschitz))
         if state.residual < self.best.residual:
             self.best = state
-        if state.exact and state.residual < self.best_exact.residual:
+        exact = self.best_exact
+        if state.exact and (exact is None or state.residual < exact.residual):
             self.best_exact = state
 
     def _best_certificate(self) -> Certificate:
-        """Return the better of the best claim and the best exact state, both recomputed."""
-        found = (self.certify(self.best), self.certify(self.best_exact), self._certified)
-        return min((each for each in found if each is not None), key=lambda each: each.residual)
+        """Recompute the best claim and what is exact and better; return the best so far."""
+        found = self.certify(self.best)
+        exact = self.best_exact
+        if exact is not None and exact.residual < found.residual:
+            self.certify(exact)
+        return self._certified or found
 
     def _callback_stops(self) -> bool:
         try:
@@ -193,7 +198,7 @@ class Run:
         return time.perf_counter() - self.began
 
     def _lipschitz_source(self) -> str:
-        if self.state.lipschitz > self.first.lipschitz or self.recoveries[Status.DIVERGED]:
+        if self.state.lipschitz != self.first.lipschitz:
             return "backtracked"
         return self.oracle.lipschitz_source
 
@@ -205,14 +210,19 @@ class Run:
         return lipschitz * norm(point - self.oracle.resolvent(target, 1 / lipschitz))
 
     def _detail(self, status: Status) -> str:
-        """Return what else explains a status."""
+        """Return what else the user should know, in sentences."""
+        notes = [self.first.detail]
+        if self.state.detail != self.first.detail:
+            notes.append(self.state.detail)
         if status is Status.STALLED:
             kind = str(self.state.point.dtype).removeprefix("torch.")
-            return f"The floor of {kind} is {_floor(self.state):.1e} here; raise the tolerance."
+            floor = f"{_floor(self.state):.1e}"
+            notes.append(f"The floor of {kind} is {floor} here; raise the tolerance.")
         if status is Status.NONFINITE and self.oracle.last is not None:
             component = bad_component(self.oracle, self.oracle.last)
-            return "" if component is None else f"Component {component} is the first to be so."
-        return ""
+            if component is not None:
+                notes.append(f"Component {component} is the first to be so.")
+        return " ".join(filter(None, notes))
 
 
 def _floor(state: State) -> float:

@@ -39,7 +39,7 @@ class BilinearSaddle(Inclusion):
         start: First point ``(x, y)``.
         forward: ``x -> A x``.
         adjoint: ``y -> A^T y``.
-        matrix: A as a dense (M, N) tensor where it is known.
+        matrix: A as a dense or sparse tensor (M, N) where it is known.
         cost: c, of the shape of x.
         offset: b, of the shape of y.
         primal: Resolvent of g.
@@ -56,6 +56,11 @@ class BilinearSaddle(Inclusion):
     primal: ConvexResolvent
     dual: ConvexResolvent
     constant: float = 0.0
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether A is known as a dense matrix."""
+        return self.matrix is not None and self.matrix.layout is torch.strided
 
     @property
     def is_separable(self) -> bool:
@@ -99,10 +104,11 @@ class BilinearSaddle(Inclusion):
             sampling: As in :func:`solvers.bilinear.bilinear_sum`.
 
         Raises:
-            ConfigError: when A is known through products only.
+            ConfigError: when A is not known as a dense matrix.
         """
-        if self.matrix is None:
-            raise ConfigError("finite_sum: needs the matrix of the coupling, got its products only")
+        if not self.is_dense:
+            raise ConfigError("finite_sum: needs A as a dense matrix; give it in that form")
+        assert self.matrix is not None
         sizes = (self.cost.numel(), self.offset.numel())
 
         def resolvent(z: Tensor, step: float) -> Tensor:
@@ -154,10 +160,8 @@ def bilinear_saddle(
     primal, dual = primal or Identity(), dual or Identity()
     estimate = None
     if lipschitz_bound is None:
-        if matrix is not None and min(matrix.shape) <= _EXACT_SIDE:
-            lipschitz_bound = spectral_norm_bound(matrix)
-        else:
-            estimate = _POWER_ROOM * power_iteration(forward, adjoint, cost)
+        size, is_bound = coupling_norm(forward, adjoint, cost, matrix)
+        lipschitz_bound, estimate = (size, None) if is_bound else (None, size)
     return BilinearSaddle(
         operator=lambda z: (cost + adjoint(z[1]), offset - forward(z[0])),
         start=start or (torch.zeros_like(cost), torch.zeros_like(offset)),
@@ -174,6 +178,23 @@ def bilinear_saddle(
         dual=dual,
         constant=constant,
     )
+
+
+def coupling_norm(
+    forward: LinearMap, adjoint: LinearMap, like: Tensor, matrix: Tensor | None
+) -> tuple[float, bool]:
+    """Return the spectral norm of a coupling, and whether it is a bound rather than an estimate.
+
+    Args:
+        forward: ``x -> A x``.
+        adjoint: ``y -> A^T y``.
+        like: Any x.
+        matrix: A where it is known; a dense one with a side of at most 1024 is decomposed.
+    """
+    is_dense = matrix is not None and matrix.layout is torch.strided
+    if matrix is not None and is_dense and min(matrix.shape) <= _EXACT_SIDE:
+        return spectral_norm_bound(matrix), True
+    return _POWER_ROOM * power_iteration(forward, adjoint, like), False
 
 
 def power_iteration(
@@ -209,13 +230,12 @@ def _maps(coupling: Any) -> tuple[LinearMap, LinearMap, Tensor | None, tuple[int
             f"{coupling.dtype}"
         )
     is_dense = coupling.layout is torch.strided
-    entries = coupling if is_dense else coupling.to_sparse_coo().coalesce().values()
-    if not bool(torch.isfinite(entries).all()):
+    matrix = coupling if is_dense else coupling.to_sparse_coo().coalesce()
+    if not bool(torch.isfinite(matrix if is_dense else matrix.values()).all()):
         raise ConfigError("coupling: expected finite entries; remove NaN and infinity")
-    transposed = coupling.T if is_dense else coupling.to_sparse_coo().T.coalesce()
-    matrix = coupling if is_dense else None
-    rows, columns = coupling.shape
-    return coupling.__matmul__, transposed.__matmul__, matrix, (rows, columns)
+    transposed = matrix.T if is_dense else matrix.T.coalesce()
+    rows, columns = matrix.shape
+    return matrix.__matmul__, transposed.__matmul__, matrix, (rows, columns)
 
 
 def _vector(

@@ -15,6 +15,7 @@ from torch import Tensor
 from solvers.finite_sum import FiniteSumInclusion
 from solvers.lipschitz import Judgement
 from solvers.oracle import Oracle
+from solvers.run import Solver
 from solvers.sampling import Sampler
 from solvers.solution import State
 from solvers.structure import norm
@@ -57,6 +58,12 @@ class SampledState(State):
 
 
 AnySampled = TypeVar("AnySampled", bound=SampledState)
+
+
+def unsampled(solver: Solver, oracle: Oracle, start: Tensor) -> State:
+    """Return the first state of the method that takes over where there is nothing to sample."""
+    detail = f"There is nothing to sample, so that {solver.name} took over."
+    return replace(solver.init(oracle, start), detail=detail)
 
 
 def certify(oracle: Oracle, point: Tensor, target: Tensor, step: float) -> Certified:

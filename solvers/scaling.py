@@ -10,22 +10,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.saddle import BilinearSaddle, bilinear_saddle
+from solvers.resolvents import Step
+from solvers.saddle import BilinearSaddle, bilinear_saddle, coupling_norm
 from solvers.structure import inner
 
-RUIZ_PASSES = 10
+_RUIZ_PASSES = 10
 
 
-class Preconditioner(NamedTuple):
-    """Positive factors that make ``diag(row) A diag(column)`` well scaled.
+class Metric(NamedTuple):
+    """Step lengths ``tau = eta column^2 / omega`` and ``sigma = eta omega row^2``.
 
     Attributes:
-        row_M: Factors of the dual variables.
-        column_N: Factors of the primal variables.
+        row: Positive factors of the dual variables (M,); 1 without preconditioning.
+        column: Positive factors of the primal variables (N,).
+        coupling: Spectral norm of ``diag(row) A diag(column)``.
     """
 
-    row_M: Tensor
-    column_N: Tensor
+    row: Step
+    column: Step
+    coupling: float
+
+    def steps(self, scale: float, weight: float) -> tuple[Step, Step]:
+        """Return ``tau`` and ``sigma`` for ``eta = scale / coupling`` and ``omega = weight``."""
+        eta = scale / self.coupling
+        return eta / weight * self.column**2, eta * weight * self.row**2
 
 
 def center(problem: BilinearSaddle) -> BilinearSaddle:
@@ -45,7 +53,7 @@ def center(problem: BilinearSaddle) -> BilinearSaddle:
     x, y = problem.primal(problem.start[0], 1.0), problem.dual(problem.start[1], 1.0)
     fixed_x, fixed_y = x - tangent_x(x), y - tangent_y(y)
     coupling: Tensor | tuple
-    if problem.matrix is not None:
+    if problem.matrix is not None and problem.is_dense:
         coupling = tangent_y(tangent_x(problem.matrix).T).T.contiguous()
     else:
         coupling = (
@@ -65,29 +73,36 @@ def center(problem: BilinearSaddle) -> BilinearSaddle:
     )
 
 
-def precondition(matrix_MN: Tensor, *, passes: int = RUIZ_PASSES) -> Preconditioner:
+def precondition(matrix_MN: Tensor) -> Metric:
     """Return Ruiz factors followed by Pock-Chambolle factors.
 
     Args:
-        matrix_MN: A; rows and columns of zeros keep the factor 1.
-        passes: Ruiz passes, each of which divides by the roots of the largest entries.
+        matrix_MN: A, dense or sparse; rows and columns of zeros keep the factor 1.
 
     Source:
-        Spec halpern_solvers 2.8; Pock-Chambolle with alpha = 1, by the roots of the sums.
+        Spec halpern_solvers 2.8: ten passes that divide by the roots of the largest entries, then
+        one by the roots of the sums (alpha = 1), after which the spectral norm is at most 1.
     """
-    rows, columns = matrix_MN.shape
-    row_M, column_N = matrix_MN.new_ones(rows), matrix_MN.new_ones(columns)
-    if not matrix_MN.numel():
-        return Preconditioner(row_M, column_N)
-    size_MN = matrix_MN.abs()
-    for _ in range(passes):
-        now_MN = row_M[:, None] * size_MN * column_N
-        row_M = row_M / _root(now_MN.amax(1))
-        column_N = column_N / _root(now_MN.amax(0))
-    now_MN = row_M[:, None] * size_MN * column_N
-    return Preconditioner(row_M / _root(now_MN.sum(1)), column_N / _root(now_MN.sum(0)))
+    # Shape letter: E stored entries.
+    entries = matrix_MN.to_sparse_coo().coalesce()
+    (row_E, column_E), size_E = entries.indices(), entries.values().abs()
+    row_M, column_N = (matrix_MN.new_ones(size, layout=torch.strided) for size in matrix_MN.shape)
+    for kind in ("amax",) * _RUIZ_PASSES + ("sum",):
+        now_E = row_M[row_E] * size_E * column_N[column_E]
+        row_M, column_N = (
+            factors / _roots(torch.zeros_like(factors).scatter_reduce(0, index_E, now_E, kind))
+            for factors, index_E in ((row_M, row_E), (column_N, column_E))
+        )
+    scaled_E = row_M[row_E] * entries.values() * column_N[column_E]
+    scaled_MN = torch.sparse_coo_tensor(
+        entries.indices(), scaled_E, entries.shape, is_coalesced=True, check_invariants=False
+    )
+    if matrix_MN.layout is torch.strided:
+        scaled_MN = scaled_MN.to_dense()
+    coupling, _ = coupling_norm(scaled_MN.__matmul__, scaled_MN.T.__matmul__, column_N, scaled_MN)
+    return Metric(row_M, column_N, coupling or 1.0)
 
 
-def _root(sizes: Tensor) -> Tensor:
+def _roots(sizes: Tensor) -> Tensor:
     """Return the square roots, 1 for zeros."""
     return torch.where(sizes > 0, sizes, torch.ones_like(sizes)).sqrt()

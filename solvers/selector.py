@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from solvers.finite_sum import FiniteSumInclusion
 from solvers.problem import Problem
+from solvers.saddle import BilinearSaddle
 
 _LEAST_COMPONENTS = 200  # below this, sampling was never measured to pay
 _GAIN = 4.0  # variance reduction pays from N > (4 L_Q / L_F)^2
@@ -27,19 +28,19 @@ def choose(problem: Problem) -> Choice:
     Args:
         problem: What is to be solved; declared properties and constants decide, F is not asked.
     """
-    if hasattr(problem, "dual_value"):
-        return Choice("pdhg", "a bilinear saddle point, whose parts are known")
+    if isinstance(problem, BilinearSaddle):
+        return Choice("pdhg", "the problem is a bilinear saddle point whose parts are known")
     monotone = "feg" if problem.resolvent is None else "eag"
     if isinstance(problem, FiniteSumInclusion) and problem.num_components >= _LEAST_COMPONENTS:
         sampled = _sampled(problem)
         if sampled is not None:
             return sampled
     if problem.cocoercive:
-        return Choice("halpern_restarted", "cocoercive, and sampling would not pay", monotone)
+        return Choice("halpern_restarted", "F is cocoercive and sampling would not pay", monotone)
     if problem.cocoercive is None:
-        reason = "not known to be monotone only, so tried as cocoercive"
+        reason = f"nothing says that F is not cocoercive; should it prove so, {monotone} is next"
         return Choice("halpern_restarted", reason, monotone)
-    return Choice(monotone, "monotone and Lipschitz, and sampling would not pay")
+    return Choice(monotone, "F is monotone, not cocoercive, and sampling would not pay")
 
 
 def _sampled(problem: FiniteSumInclusion) -> Choice | None:
@@ -50,11 +51,15 @@ def _sampled(problem: FiniteSumInclusion) -> Choice | None:
     if problem.cocoercive:
         sampled = problem.average_cocoercivity()
         if sampled is not None and sampled <= _COCOERCIVE_GAIN * mean:
-            reason = f"{size} cocoercive components with L_sampled={sampled:.3g}, L_F={mean:.3g}"
+            reason = (
+                f"F has {size} cocoercive components with L_sampled={sampled:.3g} close to "
+                f"L_F={mean:.3g}"
+            )
             return Choice("vr_halpern", reason)
         return None
     square = problem.mean_square_bound()
     if square is not None and size > (_GAIN * square / mean) ** 2:
-        reason = f"{size} components exceed (4 L_Q / L_F)^2 = {(_GAIN * square / mean) ** 2:.3g}"
+        least = (_GAIN * square / mean) ** 2
+        reason = f"F has {size} components, more than (4 L_Q / L_F)^2 = {least:.3g}"
         return Choice("inexact_halpern", reason)
     return None

@@ -48,6 +48,7 @@ class State:
         restarts: Times the anchor was moved.
         failure: Set when the method cannot continue.
         value: ``F(point)`` where a full evaluation has given it; saves the loop another one.
+        detail: A sentence that the user should read; of the first or the last state.
     """
 
     point: Tensor
@@ -58,6 +59,7 @@ class State:
     restarts: int = 0
     failure: Status | None = None
     value: Tensor | None = None
+    detail: str = ""
 
 
 class TracePoint(NamedTuple):

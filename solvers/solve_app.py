@@ -14,6 +14,7 @@ from solvers.iterate import SOLVERS, make_solver
 from solvers.iterate import solve as solve_problem
 from solvers.library import PROBLEMS, KnownProblem, standard_problem
 from solvers.oracle import Oracle
+from solvers.selector import choose
 from solvers.solution import Result
 from solvers.trace import residual_trace, write_trace
 
@@ -68,12 +69,10 @@ class SolveSettings:
                 f"solve.options={self.options}: method=auto takes none; name the method as well"
             )
 
-    @property
-    def samples(self) -> bool:
-        """Whether the method draws components at random."""
-        if self.method == AUTO:
-            return False
-        return "seed" in {field.name for field in dataclasses.fields(SOLVERS[self.method])}
+
+def samples(method: str) -> bool:
+    """Return whether a method draws components at random, as its setting ``seed`` tells."""
+    return "seed" in {field.name for field in dataclasses.fields(SOLVERS[method])}
 
 
 def solve(cfg: Any, run: Run) -> Outcome:
@@ -92,10 +91,12 @@ def solve(cfg: Any, run: Run) -> Outcome:
     )
     # One evaluation of the matrix form reads all components of the sum.
     components = known.num_components
-    if settings.samples:
+    method = choose(known.problem).method if settings.method == AUTO else settings.method
+    if samples(method):
         known = known.as_sum()
     scale = components // known.problem.num_components
-    result = _run(known, settings, seed, scale)
+    options = ({"seed": seed} if samples(method) else {}) | settings.options
+    result = _run(known, settings, options, scale)
     log.info("%s: %s", settings.problem, result.message)
     trace = residual_trace(result, scale)
     artifacts = write_trace(run.directory, trace, f"{settings.problem}: {result.method}")
@@ -104,14 +105,17 @@ def solve(cfg: Any, run: Run) -> Outcome:
         metrics=_figures(known, result, scale),
         artifacts=artifacts,
         objective=float(scale * result.oracle_calls) if result.converged else float("inf"),
-        notes={"status": result.message, "problem": PROBLEMS[settings.problem].about},
+        notes={
+            "outcome": result.status.name.lower().replace("_", " "),
+            "status": result.message,
+            "problem": PROBLEMS[settings.problem].about,
+        },
     )
 
 
-def _run(known: KnownProblem, settings: SolveSettings, seed: int, scale: int) -> Result:
-    options = dict(settings.options)
-    if settings.samples:
-        options.setdefault("seed", seed)
+def _run(
+    known: KnownProblem, settings: SolveSettings, options: dict[str, Any], scale: int
+) -> Result:
     return solve_problem(
         known.problem,
         settings.method,

@@ -23,6 +23,7 @@ from solvers.sampled import (
     constants,
     judged,
     of_certified,
+    unsampled,
 )
 from solvers.sampling import Sampler
 from solvers.solution import State
@@ -59,7 +60,7 @@ class VRExtragradient:
         """
         problem = oracle.problem
         if not isinstance(problem, FiniteSumInclusion) or problem.num_components == 1:
-            return Extragradient().init(oracle, start)
+            return unsampled(Extragradient(), oracle, start)
         found = certified_start(oracle, start)
         known = problem.mean_square_bound(self.sampling)
         laws = problem.sampling_laws(self.sampling)

@@ -25,6 +25,7 @@ from solvers.sampled import (
     constants,
     judged,
     of_certified,
+    unsampled,
 )
 from solvers.sampling import Sampler
 from solvers.solution import State
@@ -123,7 +124,7 @@ class VRHalpern:
                 "diverges); use method=inexact_halpern"
             )
         if not isinstance(problem, FiniteSumInclusion) or problem.num_components == 1:
-            return RestartedHalpern().init(oracle, start)
+            return unsampled(RestartedHalpern(), oracle, start)
         size, preset = problem.num_components, self.preset
         found = certified_start(oracle, start)
         known = problem.average_cocoercivity(preset.sampling)

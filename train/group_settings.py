@@ -18,6 +18,8 @@ SHAPE_FACTORS: dict[str, Callable[[int, int], float]] = {
 }
 # float32 weights would overflow within a run beyond it.
 LARGEST_LR = 1e6
+# Beyond these caps the squares that norms are computed from would leave float32.
+CAPS = (1e-6, 1e6)
 
 
 def shape_factor(member: Member) -> float:
@@ -40,6 +42,14 @@ def check_rate(name: str, value: float, *, zero: bool = False) -> None:
         raise ConfigError(f"{name}={value:g}: expected at most {LARGEST_LR:g}; lower it")
 
 
+def check_cap(name: str, value: float) -> None:
+    """Raise ``ConfigError`` unless a cap is one that float32 weights can obey."""
+    if not CAPS[0] <= value <= CAPS[1]:
+        raise ConfigError(
+            f"{name}={value:g}: expected a cap from {CAPS[0]:g} to {CAPS[1]:g}; 1 is usual"
+        )
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise ``ConfigError`` for impossible settings or shapes of a parameter group."""
     one_of("kind", group["kind"], KINDS)
@@ -49,7 +59,7 @@ def check_group(group: dict[str, Any]) -> None:
     one_of("constraint", group["constraint"], PROJECTIONS)
     one_of("constraint_dtype", group["constraint_dtype"], DTYPES)
     check_rate("lr", float(group["lr"]), zero=True)
-    positive("w_max", group["w_max"])
+    check_cap("w_max", group["w_max"])
     positive("target", group["target"])
     check_rate("lr * target", float(group["lr"]) * group["target"], zero=True)
     positive("momentum_warmup", group["momentum_warmup"], zero=True)

@@ -45,13 +45,13 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        positive("init.slope", self.slope, zero=True)
-        positive("init.content_slope", self.content_slope, zero=True)
+        positive("trainer.init.slope", self.slope, zero=True)
+        positive("trainer.init.content_slope", self.content_slope, zero=True)
         if not self.floor < 0:
-            raise ConfigError(f"init.floor={self.floor:g}: expected a number below 0")
+            raise ConfigError(f"trainer.init.floor={self.floor:g}: expected a number below 0")
         if any(not row or min(row) < 0 for row in self.offsets):
             raise ConfigError(
-                f"init.offsets={self.offsets}: expected lists of distances of at least 0"
+                f"trainer.init.offsets={self.offsets}: expected lists of distances of at least 0"
             )
 
 

@@ -1,5 +1,7 @@
 """Training a language model: text in, a constrained transformer and its figures out."""
 
+# Legend: N windows, B batch, T token position.
+
 import logging
 from functools import partial
 from pathlib import Path

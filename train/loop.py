@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy
 
-from common.device import resolve_device
+from common.device import resolve_device, usable_cpus
 from common.errors import ConfigError
 from train.progress import Bar
 from train.settings import TrainerConfig
@@ -76,8 +76,8 @@ def accelerator_and_devices(
             f"trainer.devices={devices}: this machine has {torch.cuda.device_count()} CUDA "
             "devices; use trainer.devices=auto"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if kind == "cpu" and isinstance(devices, int) and devices > (cores or 1):
+    cores = usable_cpus()
+    if kind == "cpu" and isinstance(devices, int) and devices > cores:
         raise ConfigError(
             f"trainer.devices={devices}: this machine offers {cores} CPU cores, one per process; "
             f"use trainer.devices={cores} or fewer"

@@ -1,5 +1,7 @@
 """LightningModules: one constrained optimizer, averaged weights, losses and validation figures."""
 
+# Legend: B batch, T token position.
+
 import copy
 from collections.abc import Callable
 from typing import Any

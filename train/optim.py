@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         shape_factor: Factor of a polar factor (O, I): ``rms`` is sqrt(O/I), ``original`` and
             ``match_rms_adamw`` are those of ``torch.optim.Muon``.
         constraint: Name in ``train.projections.PROJECTIONS``.
-        w_max: Cap of the constraint, above 0.
+        w_max: Cap of the constraint, 1e-6 to 1e6.
         slices: Row blocks constrained and orthogonalised one by one (attention heads), default 1.
         gains: Factor on the cap and the update of each row block; None for all 1.
         power_iters: Rounds of power iteration.

@@ -3,13 +3,13 @@
 Name patterns are parts of parameter names; the longest that matches decides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from common.config import check_types, one_of, positive, within
 from common.errors import ConfigError
-from train.group_settings import SHAPE_FACTORS, check_rate
+from train.group_settings import SHAPE_FACTORS, check_cap, check_rate
 from train.orthogonalize import DTYPES, TABLES
 from train.projections import PROJECTIONS
 
@@ -22,7 +22,7 @@ class Constraint:
 
     Attributes:
         kind: Name in ``train.projections.PROJECTIONS``.
-        w_max: Cap on the RMS->RMS norm of every matrix, above 0.
+        w_max: Cap on the RMS->RMS norm of every matrix, 1e-6 to 1e6.
         caps: Caps of single matrices: name pattern (part of the parameter's name, such as
             ``head`` or ``attention.query``) to cap; the longest matching pattern wins; None is
             the same as no pattern.
@@ -53,12 +53,12 @@ class Constraint:
         for name, kind in ({"kind": self.kind} | kinds).items():
             if kind is not None:
                 one_of(f"constraint.{name}", kind, [k for k in PROJECTIONS if k != "row_clip"])
-        positive("constraint.w_max", self.w_max)
+        check_cap("constraint.w_max", self.w_max)
         positive("constraint.power_iters", self.power_iters)
         one_of("constraint.dtype", self.dtype, DTYPES)
         positive("constraint.spectral_decay", self.spectral_decay)
         within("constraint.spectral_decay", self.spectral_decay, 0.0, 1.0)
-        _check_positive("constraint.caps", self.caps)
+        _check_numbers("constraint.caps", self.caps, check_cap)
         _check_gains(self.head_gains, self.per_head)
 
     def kind_of(self, name: str) -> str:
@@ -144,7 +144,7 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.betas={list(self.betas)}: expected two numbers from 0 to below 1"
             )
-        _check_positive("optim.target_factors", self.target_factors)
+        _check_numbers("optim.target_factors", self.target_factors, positive)
 
 
 def longest_match(patterns: Mapping[str, T | None], name: str, default: T) -> T:
@@ -170,11 +170,14 @@ def _check_gains(gains: Mapping[str, tuple[float, ...]], per_head: bool) -> None
             positive(name, value)
 
 
-def _check_positive(field_name: str, patterns: Mapping[str, float | None]) -> None:
+def _check_numbers(
+    field_name: str, patterns: Mapping[str, float | None], check: Callable[[str, float], None]
+) -> None:
     for pattern, value in patterns.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ConfigError(
                 f"{field_name}.{pattern}={value!r}: expected a number or null; write a name with "
                 f"dots as '+{field_name}={{NAME: 1}}'"
             )
-        positive(f"{field_name}.{pattern}", 1.0 if value is None else value)
+        if value is not None:
+            check(f"{field_name}.{pattern}", value)

@@ -15,7 +15,7 @@ class TrainerConfig:
 
     Attributes:
         max_steps: Optimizer steps, at least 1.
-        batch_size: Windows per device and micro-batch, at least 1.
+        batch_size: Windows or images per device and micro-batch, at least 1.
         accumulate_grad_batches: Micro-batches per optimizer step.
         gradient_clip_val: Largest gradient norm, or None (Muon ignores the scale of gradients).
         precision: ``32-true`` or ``bf16-mixed`` (autocast; weights and constraints stay float32).
@@ -30,9 +30,10 @@ class TrainerConfig:
             is validated, certified and stored.
         deterministic: Ask for deterministic kernels (bit-exact resume on a GPU needs it).
         val_every: Optimizer steps between validations, 0 for none before the end.
-        val_windows: Validation windows of those, spread evenly over the split.
+        val_windows: Validation windows of those, spread evenly over the split; of images the whole
+            split is read.
         final_windows: Windows of the last validation, None for the whole split.
-        val_batch_size: Windows per validation batch.
+        val_batch_size: Windows or images per validation batch.
         save_dtype: Type of the stored weights: ``float32``, or ``bfloat16``, to which they are
             rounded before the last validation.
         certify: Bound of the finished model: ``naive`` from operator norms, or ``tightened``,
@@ -93,6 +94,8 @@ class TrainerConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallbacksConfig:
     """What is watched during training; every period is in optimizer steps, 0 switches it off.
+
+    Samples and model FLOP utilisation exist for text only.
 
     Attributes:
         log_every: Steps between logged losses and throughputs.

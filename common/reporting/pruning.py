@@ -4,7 +4,7 @@ from typing import Any
 
 from common.reporting.charts import Series, key, line_chart
 from common.reporting.page import figure, figures, kind, missing, number, percent, section, table
-from common.reporting.runs import StageRun, Story
+from common.reporting.runs import Story
 
 _DEVIATION = "largest RMS change of the logits over the vocabulary"
 
@@ -13,9 +13,8 @@ def pruning(story: Story) -> str:
     """Return the frontier of sparsity against quality and deviation."""
     title = "Pruning"
     lead = "What removing parameters costs in loss, and how far it can move the output."
-    stage = story.stage("compress")
-    points = stage.json("frontier.json") if stage else None
-    if not isinstance(points, list) or not points:
+    points = story.items("compress", "frontier.json")
+    if not points:
         return section(title, lead, missing("No frontier: the compress stage has not finished."))
     points = sorted(points, key=lambda point: point["removed_fraction"])
     removed = [100 * point["removed_fraction"] for point in points]
@@ -23,7 +22,7 @@ def pruning(story: Story) -> str:
         title,
         lead,
         figures(_quality(story, points, removed), _deviation(points, removed)),
-        _chosen(story, stage),
+        _chosen(story),
     )
 
 
@@ -66,8 +65,7 @@ def _deviation(points: list[dict[str, Any]], removed: list[float]) -> str:
     return figure(key(series) + chart, caption)
 
 
-def _chosen(story: Story, stage: StageRun | None) -> str:
-    metrics = stage.metrics if stage else {}
+def _chosen(story: Story) -> str:
     rows = [
         ("Parameters", "compress/params", number, "measured"),
         ("Parameters before", "compress/params_before", number, "measured"),
@@ -81,7 +79,8 @@ def _chosen(story: Story, stage: StageRun | None) -> str:
         ("Measured deviation, RMS", "compress/measured_deviation", number, "measured"),
         ("Bound of the pruned model", "compress/cert/tightened", number, "proved"),
     ]
-    values = dict(metrics)
+    stage = story.stage("compress")
+    values = dict(stage.metrics) if stage else {}
     bound = story.metric("cert/tightened", "recertify")
     if bound is not None:
         values["compress/cert/tightened"] = bound

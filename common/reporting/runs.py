@@ -95,6 +95,12 @@ class Story:
         found = (self.stages.get(name) for name in names)
         return next((stage for stage in found if stage is not None and stage.summary), None)
 
+    def items(self, stage: str, file: str) -> list[Any]:
+        """Return the list in a JSON file that a finished stage left; empty where there is none."""
+        run = self.stage(stage)
+        content = run.json(file) if run else None
+        return content if isinstance(content, list) else []
+
     def metric(self, name: str, *stages: str) -> float | None:
         """Return a metric of the first of ``stages`` (default: of all) that has it."""
         chosen: Iterable[str] = stages or self.stages

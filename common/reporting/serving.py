@@ -24,9 +24,8 @@ def cache(story: Story) -> str:
     """Return cache budget against quality, by policy."""
     title = "Key-value cache"
     lead = "What a smaller cache costs, policy by policy, against the full cache."
-    stage = story.stage("generate")
-    points = stage.json("kv_frontier.json") if stage else None
-    if not isinstance(points, list) or not points:
+    points = story.items("generate", "kv_frontier.json")
+    if not points:
         return section(title, lead, missing("No cache figures: generate has not finished."))
     points = sorted(points, key=lambda point: (str(point["policy"]), point.get("budget") or 0))
     charts = [chart for chart in (_divergence(points), _deviation(points)) if chart]
@@ -123,9 +122,8 @@ def samples(story: Story, limit: int) -> str:
     """Return text continued under the full and the compressed cache, side by side."""
     title = "Samples"
     lead = "The pruned model continues the same prompts with the full and the compressed cache."
-    stage = story.stage("generate")
-    items = stage.json("samples.json") if stage else None
-    if not isinstance(items, list) or not items:
+    items = story.items("generate", "samples.json")
+    if not items:
         return section(title, lead, missing("No samples: generate has not finished."))
     return section(title, lead, *(_sample(item) for item in items[:limit]))
 

@@ -22,6 +22,7 @@ from common.reporting.page import (
 from common.reporting.runs import StageRun, Story
 
 COMMAND = "solve"
+_OF_THE_PROBLEM = ("solve.problem", "solve.method", "solve.size")
 _LEVELS = 3  # residuals at which methods are compared, beside the last one
 _PROVES = "what the residual proves about the error"
 _CAPTION = (
@@ -48,12 +49,11 @@ def solving(story: Story) -> str:
 
 def comparison_of_methods(cells: Sequence[StageRun]) -> str:
     """Return a chart and a table per problem of a sweep of solves; empty for other sweeps."""
-    solved = [cell for cell in cells if cell.command == COMMAND and cell.summary]
-    names = list(dict.fromkeys(setting(cell, "problem") for cell in solved))
-    return "\n".join(
-        _comparison(name, [cell for cell in solved if setting(cell, "problem") == name])
-        for name in names
-    )
+    groups: dict[str, list[StageRun]] = {}
+    for cell in cells:
+        if cell.command == COMMAND and cell.summary:
+            groups.setdefault(_instance(cell), []).append(cell)
+    return "\n".join(_comparison(name, group) for name, group in groups.items())
 
 
 def read_course(run: StageRun) -> Course:
@@ -73,6 +73,16 @@ def setting(run: StageRun, name: str) -> str:
     inner = config.get(COMMAND)
     value = inner.get(name) if isinstance(inner, dict) else None
     return str(config.get(name) if value is None else value)
+
+
+def _instance(run: StageRun) -> str:
+    """Return the problem with whatever changes its data."""
+    config = run.record.get("config") or {}
+    inner = config.get(COMMAND) or {}
+    given = {"size": inner.get("size"), **(inner.get("problem_options") or {})}
+    parts = [f"{name}={value}" for name, value in given.items() if value is not None]
+    parts += [f"seed={config['seed']}"] if config.get("seed") else []
+    return ", ".join([setting(run, "problem"), *parts])
 
 
 def _account(run: StageRun) -> str:
@@ -100,7 +110,8 @@ def _comparison(name: str, cells: Sequence[StageRun]) -> str:
     levels = _levels(courses)
     order = sorted(range(len(cells)), key=lambda index: _order(cells[index], courses[index]))
     rows = [_row(labels[index], cells[index], courses[index], levels) for index in order]
-    drawn = [courses[index] for index in order if courses[index].calls]
+    # In the order of the folders, so that a method keeps its colour from problem to problem.
+    drawn = [course for course in courses if course.calls]
     heads = ["Method", "Status", *(f"calls to {level:.0e}" for level in levels)]
     heads += ["residual", "full", "component", "seconds"]
     parts = [table(heads, rows, text_columns=2)]
@@ -112,7 +123,7 @@ def _comparison(name: str, cells: Sequence[StageRun]) -> str:
 
 def _row(label: str, cell: StageRun, course: Course, levels: Sequence[float]) -> list[str]:
     metrics = cell.metrics
-    status = str((cell.summary.get("notes") or {}).get("status", "")).partition(" (")[0]
+    status = str((cell.summary.get("notes") or {}).get("outcome", ""))
     figures_ = [number(metrics.get(f"solve/{name}")) for name in _COLUMNS]
     reached = [number(calls_to(course, level)) for level in levels]
     return [escape(label), escape(status), *reached, *figures_]
@@ -158,7 +169,7 @@ def _labels(cells: Sequence[StageRun]) -> list[str]:
     varied = [
         name
         for name in names
-        if name.rpartition(".")[2] not in ("problem", "method")
+        if not name.startswith(("problem", "method", "seed", *_OF_THE_PROBLEM))
         and len({one.get(name) for one in given}) > 1
     ]
     return [

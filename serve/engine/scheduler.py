@@ -51,20 +51,20 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("block_size", "cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
-            positive(name, getattr(self, name))
+            positive(f"engine.{name}", getattr(self, name))
         if self.num_blocks is not None:
-            positive("num_blocks", self.num_blocks)
+            positive("engine.num_blocks", self.num_blocks)
         if self.block_size & (self.block_size - 1) or self.block_size > 256:
             raise ConfigError(
-                f"block_size={self.block_size}: expected a power of two up to 256; correct it"
+                f"engine.block_size={self.block_size}: expected a power of two up to 256; round it"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens}: expected at least "
+                f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: expected at least "
                 f"max_num_seqs={self.max_num_seqs}, one token for each request; raise it"
             )
         # "triton" alone is for single kernels: attention has none, so no engine could run on it.
-        one_of("backend", self.backend, ("auto", "torch"))
+        one_of("engine.backend", self.backend, ("auto", "torch"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

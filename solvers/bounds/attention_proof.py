@@ -166,6 +166,14 @@ def attention_domain(
     return _image(forms, domain, 1 - a, a * layer.attn_factor, float(multipliers["skip"]))
 
 
+def value_path(heads: Heads, multipliers: Mapping[str, Tensor]) -> float:
+    """Bound ``|sum_h M_h z_h|`` over unit z_h of any directions, from ``value`` (H)."""
+    identity_CC = Enclosure.exact(torch.eye(heads.o.shape[1], dtype=torch.float64))
+    inner_HDD = _value_forms(heads, identity_CC, multipliers["value"])
+    top = max(_outer(heads, inner_HDD).top(), 0.0)
+    return round_up(math.sqrt(_total(multipliers["value"]) * top))
+
+
 def _image(
     forms: _Forms, changes: Ellipsoid, skip: float, factor: float, excess: float
 ) -> Ellipsoid:
@@ -176,7 +184,7 @@ def _image(
     if forms.change_CC is not None:
         change_CC = forms.change_CC.scaled(factor)
         shift = round_up(max(change_CC.top(), 0.0) + excess)
-        room_CC = identity_CC.scaled(shift) + Enclosure(-change_CC.mid, change_CC.error)
+        room_CC = identity_CC.scaled(shift) + -change_CC
     total = round_up(shift + factor * forms.rest)
     shape_CC = forms.output_CC.scaled(factor)
     if skip:
@@ -221,9 +229,9 @@ def _forms(
         return _Forms(_outer(heads, inner_HDD), None, rest)
     tokens, scale, content = domain.scaled, layer.logit_scale, layer.content_heads
     query_H, key_H, mixed_H = (_column(multipliers[name]) for name in ("query", "key", "mixed"))
-    k_HDC = Enclosure(heads.k.repeat_interleave(layer.group, 0), 0.0)
-    q_HDC = Enclosure(heads.q, 0.0)
-    seen_HDC = Enclosure(heads.v[:content], 0.0) @ tokens
+    k_HDC = Enclosure.exact(heads.k.repeat_interleave(layer.group, 0))
+    q_HDC = Enclosure.exact(heads.q)
+    seen_HDC = Enclosure.exact(heads.v[:content]) @ tokens
     k_HDX = k_HDC @ tokens
     reach_H, moved_H = _squares(k_HDX), _squares(k_HDC @ move)
     plain_H = scale * (reach_H * (1 + mixed_H) / (4 * query_H) + moved_H / key_H)
@@ -239,20 +247,22 @@ def _forms(
 
 def _value_forms(heads: Heads, move: Enclosure, value_H: Tensor) -> Enclosure:
     """Return per head the form ``|F^T Wv^T w|^2 / value`` in w."""
-    return (Enclosure(heads.v, 0.0) @ move).gram().scaled(1 / _column(value_H))
+    return (Enclosure.exact(heads.v) @ move).gram().scaled(1 / _column(value_H))
 
 
 def _outer(heads: Heads, inner_HDD: Enclosure) -> Enclosure:
     """Return ``sum_h Wo_h inner_h Wo_h^T``."""
-    o_HCD = Enclosure(heads.o, 0.0)
+    o_HCD = Enclosure.exact(heads.o)
     product_CC = (o_HCD @ inner_HDD).beside() @ o_HCD.beside().mT
     return Enclosure((product_CC.mid + product_CC.mid.mT) / 2, product_CC.error)
 
 
 def _add_first(all_HDD: Enclosure, first_HDD: Enclosure) -> Enclosure:
     """Add the forms of the content heads, which come first."""
-    rest_HDD = torch.zeros_like(all_HDD.mid[len(first_HDD.mid) :])
-    return all_HDD + Enclosure(torch.cat((first_HDD.mid, rest_HDD)), first_HDD.error)
+    rest = [torch.zeros_like(part[len(first_HDD.mid) :]) for part in all_HDD]
+    return all_HDD + Enclosure(
+        torch.cat((first_HDD.mid, rest[0])), torch.cat((first_HDD.error, rest[1]))
+    )
 
 
 def _squares(matrices_HDC: Enclosure) -> Tensor:
@@ -281,14 +291,15 @@ def prove_attention(
     lipschitz = naive_attention(heads, layer, tokens.radius)
     growth = skip + factor * heads.value_path
     radius = round_up(tokens.radius * growth)
-    domain = Ellipsoid.ball(heads.o.shape[1], radius)
+    domain, tau = Ellipsoid.ball(heads.o.shape[1], radius), heads.value_path
     if multipliers:
         lipschitz = min(lipschitz, attention_bound(heads, layer, tokens.domain, multipliers))
-        domain = attention_domain(heads, layer, tokens.domain, part(multipliers, "domain"))
+        own = part(multipliers, "domain")
+        domain, tau = attention_domain(heads, layer, tokens.domain, own), value_path(heads, own)
     return BlockBound(
         naive=naive,
         tightened=min(naive, round_up(skip + factor * lipschitz)),
         tokens=Tokens(domain, min(radius, domain.radius), round_up(tokens.naive_radius * growth)),
-        components={"lipschitz": lipschitz},
+        components={"lipschitz": lipschitz, "tau": min(tau, heads.value_path)},
         margin=EIGEN_MARGIN,
     )

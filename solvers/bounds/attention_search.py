@@ -8,7 +8,7 @@ a second set makes the value path alone small, for the growth of the tokens. Unt
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ def search_attention(
     tol: float = 0.01,
     max_evals: int = 200,
     method: str = "halpern_anderson",
+    warm: Mapping[str, Tensor] | None = None,
 ) -> AttentionSearch:
     """Find multipliers of one attention block.
 
@@ -60,6 +61,7 @@ def search_attention(
         tol: Wanted duality gap relative to the first value.
         max_evals: Budget of each of the two searches.
         method: One of ``kform.METHODS``.
+        warm: Multipliers of a similar block to start from; those that do not fit are ignored.
     """
     began = time.perf_counter()
     query, key, value, output = weights
@@ -68,11 +70,14 @@ def search_attention(
     heads = head_matrices(query, key, value, output, layer)
     ones_H11 = heads.factor_HDC.new_ones(layer.heads, 1, 1)
     families = {"tau": (ones_H11, heads.factor_HDC)}
-    found, dual, evals = _minimise(families, tol, max_evals, method)
+    warm = dict(warm or {})
+    starts = {"tau": warm["growth"]} if "growth" in warm else {}
+    found, dual, evals = _minimise(families, tol, max_evals, method, starts)
     growth_H = found.pop("tau")
     if layer.content_heads:
         mixed_H, families = _families(heads, layer, domain_CC)
-        found, dual, more = _minimise(families, tol, max_evals, method, growth_H)
+        starts = {"value": growth_H} | warm
+        found, dual, more = _minimise(families, tol, max_evals, method, starts)
         found |= {"mixed": mixed_H}
         evals += more
     return AttentionSearch(
@@ -115,19 +120,22 @@ def _minimise(
     tol: float,
     max_evals: int,
     method: str,
-    value_H: Tensor | None = None,
+    warm: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], float, int]:
     """Minimise the sum of the families' input sides plus the joint output side.
 
-    Returns the multipliers by family, the dual value and the evaluations.
+    Starts from ``warm`` where it fits, else from the ratio of the norms of the two sides.
+
+    Returns:
+        The multipliers by family, the dual value and the evaluations.
     """
     terms, outer, starts, live, count = [], [], [], {}, 0
     for name, (left_H, right_H) in families.items():
         size_left_H, size_right_H = _norms(left_H), _norms(right_H)
         live[name] = (size_left_H > 0) & (size_right_H > 0)
         start_H = (size_right_H[live[name]] / size_left_H[live[name]]).log()
-        if name == "value" and value_H is not None:
-            start_H = value_H[live[name]].log()
+        if name in warm and warm[name].shape == live[name].shape:
+            start_H = warm[name][live[name]].log()
         if len(start_H):
             terms.append(_term([_factor(left_H[live[name]], count, 1)]))
             outer.append(_factor(right_H[live[name]], count, -1))

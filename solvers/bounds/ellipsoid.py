@@ -36,27 +36,27 @@ class Ellipsoid(NamedTuple):
         The Cholesky factor of ``S + shift I`` is taken, with a shift above the enclosure's error
         and the factorisation's backward error; the ball of ``sqrt(top)`` is the last resort.
         """
-        mid_CC, size = shape_CC.mid, shape_CC.mid.shape[0]
-        trace = float(mid_CC.trace()) + size * shape_CC.error
+        mid_CC, size, error = shape_CC.mid, shape_CC.mid.shape[0], float(shape_CC.error)
+        trace = float(mid_CC.trace()) + size * error
         rounding = 2.02 * gamma(size + 2) / (1 - gamma(size + 2)) * max(trace, 0.0)
         shifted_CC = mid_CC.clone()
-        shifted_CC.diagonal().add_(2 * rounding + 1.01 * shape_CC.error + TINY)
+        shifted_CC.diagonal().add_(2 * rounding + 1.01 * error + TINY)
         factor_CC, info = torch.linalg.cholesky_ex(shifted_CC)
         if int(info) != 0 or not bool(torch.isfinite(factor_CC).all()):
             return cls.ball(size, round_up(math.sqrt(max(shape_CC.top(), 0.0))))._moved(exponent)
         shift = math.frexp(float(factor_CC.abs().max()))[1]
         factor_CC = torch.ldexp(factor_CC, torch.tensor(-shift))
-        return cls(factor_CC, exponent + shift, Enclosure(factor_CC, 0.0).norm())
+        return cls(factor_CC, exponent + shift, Enclosure.exact(factor_CC).norm())
 
     @property
     def enclosed(self) -> Enclosure:
         """The factor ``F`` without its exponent."""
-        return Enclosure(self.factor_CC, 0.0)
+        return Enclosure.exact(self.factor_CC)
 
     @property
     def scaled(self) -> Enclosure:
         """The whole factor ``2^exponent F``; powers of two scale without rounding."""
-        return Enclosure(torch.ldexp(self.factor_CC, torch.tensor(self.exponent)), 0.0)
+        return Enclosure.exact(torch.ldexp(self.factor_CC, torch.tensor(self.exponent)))
 
     @property
     def radius(self) -> float:
@@ -72,7 +72,7 @@ class Ellipsoid(NamedTuple):
     def plus_ball(self, radius: float) -> "Ellipsoid":
         """Return an ellipsoid around all points within ``radius`` >= 0 of this one."""
         identity_CC = torch.eye(len(self.factor_CC), dtype=torch.float64)
-        return self.plus(Enclosure(identity_CC, 0.0), radius)
+        return self.plus(Enclosure.exact(identity_CC), radius)
 
     def plus(self, points_CK: Enclosure, scale: float = 1.0) -> "Ellipsoid":
         """Return an ellipsoid around all sums with ``scale P v``, ``|v| <= 1``.

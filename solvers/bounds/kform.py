@@ -26,7 +26,7 @@ from solvers.problem import Inclusion
 METHODS = ("halpern", "halpern_reflected", "halpern_restarted", "halpern_anderson", "lbfgs")
 MU_STAGES = (16.0, 4.0, 1.0)
 _RANGE = 20.0  # largest change of a log multiplier
-_DROP = 1e-12  # softmax weights below this are left out
+_DROP = 1e-9  # softmax weights below this are left out
 _AIM = 0.98  # of the gap, where primal values are estimates
 HALVED_DIM = 64  # of terms decomposed at half their size
 KRYLOV_DIM = 2048  # of terms too large to decompose
@@ -131,14 +131,15 @@ class KForm:
             weights = torch.softmax(values / mu, 0)
             keep = weights > _DROP
             weights, vectors = weights[keep] / weights[keep].sum(), vectors[:, keep]
+            vectors_KD = vectors.mT.contiguous()
             for rows_RD, group_R, sign, offset in term.factors:
-                seen = rows_RD @ vectors[offset : offset + rows_RD.shape[1]]
+                seen_KR = vectors_KD[:, offset : offset + rows_RD.shape[1]] @ rows_RD.mT
                 (p_N if sign > 0 else q_N).index_add_(
-                    0, group_R, term.weight * (seen.square() @ weights)
+                    0, group_R, term.weight * (weights @ seen_KR.square())
                 )
             if term.constant_DD is not None:
-                product = (vectors * (term.constant_DD @ vectors)).sum(0) @ weights
-                constant += term.weight * float(product)
+                product_KD = vectors_KD * (vectors_KD @ term.constant_DD)
+                constant += term.weight * float(weights @ product_KD.sum(1))
             if self._is_coupled:
                 divisor = _balance(term, vectors, weights)
         dual = constant + 2 * float((p_N * q_N).sqrt().sum())

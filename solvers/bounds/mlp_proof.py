@@ -129,13 +129,14 @@ def mlp_image(form: MlpForm, changes: Ellipsoid, lambda_N: Tensor, excess: float
         excess: Positive excess of s over the top eigenvalue of U.
     """
     move_CC = changes.enclosed
-    rows_CN = (Enclosure(form.g_NC, 0.0) @ move_CC).scaled(lambda_N.sqrt()[:, None]).mT
+    rows_CN = (Enclosure.exact(form.g_NC) @ move_CC).scaled(lambda_N.sqrt()[:, None]).mT
     change_CC = rows_CN.gram()
     shift = round_up(max(change_CC.top(), 0.0) + excess)
     identity_CC = Enclosure.exact(torch.eye(len(move_CC.mid), dtype=torch.float64))
-    room_CC = identity_CC.scaled(shift) + Enclosure(-change_CC.mid, change_CC.error)
-    linear_CC = Enclosure(form.c_CC, form.error) @ move_CC
-    bent_CN = Enclosure(form.b_CN, 4 * UNIT * Enclosure(form.b_CN, 0.0).size)
+    room_CC = identity_CC.scaled(shift) + -change_CC
+    linear_CC = Enclosure(form.c_CC, torch.tensor(form.error, dtype=torch.float64)) @ move_CC
+    bent_CN = Enclosure.exact(form.b_CN)
+    bent_CN = bent_CN._replace(error=4 * UNIT * bent_CN.size)
     shape_CC = linear_CC @ room_CC.inverse(excess / 2) @ linear_CC.mT
     shape_CC = shape_CC + bent_CN.scaled((1 / lambda_N).sqrt()).gram()
     return Ellipsoid.covering(shape_CC.scaled(shift), changes.exponent)
@@ -158,7 +159,7 @@ def prove_mlp(
         bound, margin = mlp_bound(form, multipliers["lambda"])
         tight = min(naive, bound)
     offset_C1 = value_at_zero(tensors, layer)
-    offset = round_up(offset_C1.size + offset_C1.error) if layer.mlp_bias else 0.0
+    offset = round_up(float(offset_C1.size + offset_C1.error)) if layer.mlp_bias else 0.0
     radius = round_up(min(naive_growth, tight) * tokens.radius + offset)
     domain = Ellipsoid.ball(len(down_CF), radius)
     if multipliers:
@@ -190,7 +191,7 @@ def value_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> Enclosur
     """Enclose ``a (W_2 phi(b_1) + b_2)``, shape (C, 1)."""
     down_CF = exact64(tensors["down.weight"])
     if not layer.mlp_bias:
-        return Enclosure(down_CF.new_zeros(len(down_CF), 1), 0.0)
+        return Enclosure.exact(down_CF.new_zeros(len(down_CF), 1))
     up_F, down_C = exact64(tensors["up.bias"]), exact64(tensors["down.bias"])
     hidden_F = apply(up_F, layer)
     size_C = down_CF.abs() @ (hidden_F.abs() + up_F.abs()) + down_C.abs()
@@ -199,4 +200,5 @@ def value_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> Enclosur
         size_C.norm()
     )
     value_C = down_CF @ hidden_F + down_C
-    return Enclosure(value_C[:, None], round_up(rounding)).scaled(layer.mlp_residual)
+    error = torch.tensor(round_up(rounding), dtype=torch.float64)
+    return Enclosure(value_C[:, None], error).scaled(layer.mlp_residual)

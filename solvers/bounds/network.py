@@ -7,7 +7,7 @@ stored comes from the functions the checker uses, moved up by its agreed margin.
 import dataclasses
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ def certify(
     tighten: bool = True,
     *,
     settings: TightenSettings | None = None,
+    warm: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> Certificate:
     """Prove a bound on how far the logits can move when the embedded tokens move.
 
@@ -47,6 +48,7 @@ def certify(
         model: Weights of any floating type on any device, taken exactly as stored.
         tighten: Search multipliers; without it the tightened bounds equal the naive ones.
         settings: How to search.
+        warm: Multipliers of a similar model to start from, see ``warm_multipliers``.
 
     Returns:
         A certificate that ``verify`` accepts for exactly these weights.
@@ -61,7 +63,7 @@ def certify(
     references, ends = reference_constants(config, tensors)
     found: Sequence[BlockFound | None] = [None] * (2 * config.layers)
     if tighten:
-        found = search_network(config, tensors, radius, settings, _with_bar)
+        found = search_network(config, tensors, radius, settings, _with_bar, warm or {})
     stream = Stream.start(config.width, radius)
     blocks: list[BlockProof] = []
     multipliers: dict[str, Tensor] = {}
@@ -117,7 +119,7 @@ def with_totals(
         naive=_stored(product_up(naive)),
         tightened=bound,
         log10_naive=log10_up(naive),
-        log10_tightened=log10_up(tightened),
+        log10_tightened=log10_up([*tightened, 1 + STORED_MARGIN]),
         reference_sound=most_heads(config) == 1 and certificate.reference >= bound,
     )
 

@@ -27,7 +27,7 @@ _NAMES = ("query", "key", "value", "output")
 _FIRST_TOL = 0.05  # of the attention searches whose result only starts the joint one
 _LEAST = 1e-6  # smallest start of a multiplier that may be zero at the optimum
 _WIDEST = 512  # the joint search is on by default up to this width
-_STEPS = 60
+_STEPS = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class TightenSettings:
         method: One of ``solvers.bounds.kform.METHODS``.
         tol: Wanted duality gap relative to the block's first value.
         max_evals: Eigen-decompositions per search.
-        stream_steps: Steps of the joint search; None for 60 up to width 512 and 0 above.
+        stream_steps: Steps of the joint search; None for 30 up to width 512 and 0 above.
     """
 
     method: str = "halpern_anderson"
@@ -99,6 +99,7 @@ def search_network(
     radius: float,
     settings: TightenSettings,
     track: Callable[[Iterable[int]], Iterable[int]],
+    warm: Mapping[int, Mapping[str, Tensor]],
 ) -> list[BlockFound]:
     """Search the multipliers of all blocks.
 
@@ -108,18 +109,19 @@ def search_network(
         radius: l2 radius of the embedded tokens.
         settings: How.
         track: Wraps the loop over blocks to show progress.
+        warm: Block to multipliers of a similar one, from ``warm_multipliers``; may be empty.
     """
     options = {"method": settings.method, "max_evals": settings.max_evals}
     parts = [_part(config, tensors, index) for index in range(2 * config.layers)]
     first: list[BlockFound] = []
     for index in track(range(len(parts))):
-        part, local = parts[index], local_tensors(tensors, index)
+        part, local, start = parts[index], local_tensors(tensors, index), warm.get(index, {})
         if isinstance(part, MlpPart):
-            first.append(_search_mlp(part, settings.tol, options))
+            first.append(_search_mlp(part, settings.tol, options, start))
             continue
         tol = max(_FIRST_TOL, settings.tol) if part.layer.content_heads else settings.tol
         domain_CC = domains(parts, [found.unit for found in first], radius)[-1]
-        first.append(_search_attention(local, part.layer, domain_CC, tol, options))
+        first.append(_search_attention(local, part.layer, domain_CC, tol, options, start))
     head_VC = tensors["head.weight"].double()
     steps = settings.steps(config.width)
     units = search_stream(parts, head_VC, radius, [found.unit for found in first], steps=steps)
@@ -128,7 +130,8 @@ def search_network(
     for index, (part, found, unit) in enumerate(zip(parts, first, units, strict=True)):
         if isinstance(part, AttentionPart) and part.layer.content_heads:
             local = local_tensors(tensors, index)
-            again = _search_attention(local, part.layer, shaped[index], settings.tol, options)
+            domain_CC, start = shaped[index], found.own
+            again = _search_attention(local, part.layer, domain_CC, settings.tol, options, start)
             found = dataclasses.replace(
                 again, evals=found.evals + again.evals, seconds=found.seconds + again.seconds
             )
@@ -136,9 +139,15 @@ def search_network(
     return result
 
 
-def _search_mlp(part: MlpPart, tol: float, options: Mapping[str, Any]) -> BlockFound:
-    form = part.slopes
-    solution: MlpSolution = tighten_mlp(form.c_CC, form.b_CN, form.g_NC, tol=tol, **options)
+def _search_mlp(
+    part: MlpPart, tol: float, options: Mapping[str, Any], warm: Mapping[str, Tensor]
+) -> BlockFound:
+    form, start_N = part.slopes, warm.get("lambda")
+    if start_N is not None:
+        start_N = start_N.log() if len(start_N) == form.g_NC.shape[0] else None
+    solution: MlpSolution = tighten_mlp(
+        form.c_CC, form.b_CN, form.g_NC, tol=tol, theta0=start_N, **options
+    )
     lambda_N = solution.theta.exp().clamp(*MULTIPLIER_RANGE)
     rows_NC = form.g_NC * lambda_N.sqrt()[:, None]
     spare = solution.primal - float(torch.linalg.matrix_norm(rows_NC, 2)) ** 2
@@ -161,9 +170,12 @@ def _search_attention(
     domain_CC: Tensor,
     tol: float,
     options: Mapping[str, Any],
+    warm: Mapping[str, Tensor],
 ) -> BlockFound:
     weights = [local.get(f"{name}.weight") for name in _NAMES]
-    solution: AttentionSearch = search_attention(weights, layer, domain_CC, tol=tol, **options)
+    solution: AttentionSearch = search_attention(
+        weights, layer, domain_CC, tol=tol, warm=warm, **options
+    )
     own = {k: t.clamp(*MULTIPLIER_RANGE) for k, t in solution.multipliers.items()}
     skip = own["value"].new_full((1,), max(abs(1 - layer.attn_residual), _LEAST))
     unit = {f"stream.{name}": tensor.clone() for name, tensor in own.items()}

@@ -67,6 +67,30 @@ class Engine:
         return False
 
 
+class _TwoPrecisions(Engine):
+    """Works in float32 while that resolves the smoothing, which saves half the time and more.
+
+    Attributes:
+        coarse: The term in float32, None where float64 alone is used.
+        shift: Top of the last spectrum.
+    """
+
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        self.coarse: Term | None = term.to(torch.float32) if term.dim >= COARSE_DIM else None
+        self.shift: float | None = None
+
+    def term_for(self, mu: float) -> Term:
+        """Return the term in the type whose rounding ``mu`` allows; float32 for a first look."""
+        resolved = self.shift is None or mu > _COARSE_UNITS * abs(self.shift)
+        return self.coarse if self.coarse is not None and resolved else self.term
+
+    def refine(self) -> bool:
+        """Give up float32."""
+        was_coarse, self.coarse = self.coarse is not None, None
+        return was_coarse
+
+
 class Dense(Engine):
     """Full eigen-decomposition."""
 
@@ -81,7 +105,7 @@ class Dense(Engine):
         return True
 
 
-class Halved(Engine):
+class Halved(_TwoPrecisions):
     """Decomposition of half the size for ``[[X, C^T], [C, Y]]`` whose top leans on ``C``.
 
     In the basis ``x + y, x - y`` the matrix is ``[[P, A], [A^T, N]]`` with ``P = (X + Y) / 2 +
@@ -93,42 +117,30 @@ class Halved(Engine):
 
     def __init__(self, term: Term) -> None:
         super().__init__(term)
-        self.coarse: Term | None = term.to(torch.float32) if term.dim >= COARSE_DIM else None
-        self.shift: float | None = None
         self.is_useful = True
 
     def __call__(self, theta_N: Tensor, mu: float) -> Spectrum:
-        """Return the eigenpairs within ``WINDOW * mu`` of the top, in float64.
-
-        Where float32 resolves ``mu``, it is the arithmetic of the decomposition.
-        """
-        term, shift = self.term, self.shift
-        if self.coarse is not None and shift is not None and mu > _COARSE_UNITS * abs(shift):
-            term = self.coarse
+        """Return the eigenpairs within ``WINDOW * mu`` of the top."""
+        term = self.term_for(mu)
         k_DD = term.matrix(theta_N)
         for _ in range(_MAX_SHIFTS):
-            if not self.is_useful:
+            found = self._reduced(k_DD, WINDOW * mu) if self.is_useful else None
+            if found is None:
                 break
-            found = self._reduced(k_DD, WINDOW * mu)
-            if found is not None and found[1] <= _SHIFT_ERROR * mu:
-                return found[0]
+            if found[1] <= _SHIFT_ERROR * mu:
+                return found[0] if self.term_for(mu) is term else self(theta_N, mu)
         return Spectrum(*torch.linalg.eigh(self.term.matrix(theta_N)))
 
     def top(self, theta_N: Tensor) -> float:
         """Return the largest eigenvalue by the same reduction, repeated until it stands still."""
         k_DD = self.term.matrix(theta_N)
         for _ in range(2 * _MAX_SHIFTS):
-            if not self.is_useful:
+            found = self._reduced(k_DD, 0.0) if self.is_useful else None
+            if found is None:
                 break
-            found = self._reduced(k_DD, 0.0)
-            if found is not None and found[1] <= _TOP_UNITS * abs(self.shift or 0.0):
+            if found[1] <= _TOP_UNITS * abs(self.shift or 0.0):
                 return float(found[0].values_R[-1])
         return float(torch.linalg.eigvalsh(k_DD)[-1])
-
-    def refine(self) -> bool:
-        """Give up float32."""
-        was_coarse, self.coarse = self.coarse is not None, None
-        return was_coarse
 
     def _reduced(self, k_DD: Tensor, window: float) -> tuple[Spectrum, float] | None:
         """Return pairs within ``window`` of the top with the error of the shift; updates it."""
@@ -159,7 +171,7 @@ class Halved(Engine):
         return Spectrum(quotient_R, vectors_DR / vectors_DR.norm(dim=0)), error
 
 
-class Krylov(Engine):
+class Krylov(_TwoPrecisions):
     """A few vectors from products alone, warm-started from the last ones.
 
     Attributes:
@@ -174,17 +186,22 @@ class Krylov(Engine):
 
     def __call__(self, theta_N: Tensor, mu: float) -> Spectrum:
         """Return the largest Ritz pairs."""
-        floor = _ROUNDING_UNITS * torch.finfo(self.block_DR.dtype).eps
+        term = self.term_for(mu)
+        start_DR = self.block_DR.to(term.factors[0].rows_RD)
+        floor = _ROUNDING_UNITS * torch.finfo(start_DR.dtype).eps
 
         def enough(values_R: Tensor) -> Tensor:
             weight_R = torch.softmax(values_R / mu, 0).clamp(min=1e-10)
             wanted_R = self.accuracy * mu * weight_R.rsqrt()
             return wanted_R.clamp(min=floor * float(values_R[-1].abs()))
 
-        found = top_ritz(lambda block: self.term.product(theta_N, block), self.block_DR, enough)
+        found = top_ritz(lambda block: term.product(theta_N, block), start_DR, enough)
+        self.shift = float(found.values_R[-1])
         # Rounding of many expansions adds up; the next search starts from clean vectors.
-        self.block_DR = torch.linalg.qr(found.vectors_DR).Q
-        return found
+        self.block_DR = torch.linalg.qr(found.vectors_DR.double()).Q
+        if self.term_for(mu) is not term:
+            return self(theta_N, mu)
+        return Spectrum(found.values_R.double(), self.block_DR)
 
     def serves(self, old_mu: float, mu: float) -> bool:
         """Residuals are measured in units of ``mu``."""
@@ -192,6 +209,7 @@ class Krylov(Engine):
 
     def refine(self) -> bool:
         """Ask for smaller residuals and more vectors from now on; false at the end of it."""
+        super().refine()
         dim, rank = self.block_DR.shape
         if self.accuracy < ACCURACY / 50:
             return False
@@ -226,8 +244,8 @@ def top_ritz(
     """
     rank = start_DR.shape[1]
     basis_DK, image_DK = start_DR, product(start_DR)
+    small_KK = basis_DK.mT @ image_DK
     for _ in range(_MAX_EXPANSIONS):
-        small_KK = basis_DK.mT @ image_DK
         values_K, turn_KK = torch.linalg.eigh((small_KK + small_KK.mT) / 2)
         values_R, turn_KR = values_K[-rank:], turn_KK[:, -rank:]
         vectors_DR = basis_DK @ turn_KR
@@ -238,11 +256,17 @@ def top_ritz(
         if basis_DK.shape[1] >= _MAX_BLOCKS * rank:
             kept_KK = turn_KK[:, -2 * rank :]
             basis_DK, image_DK = basis_DK @ kept_KK, image_DK @ kept_KK
+            small_KK = torch.diag(values_K[-2 * rank :])
         added_DK = _new_directions(basis_DK, residual_DR[:, open_R])
         if not added_DK.shape[1]:
             break
+        moved_DK = product(added_DK)
+        side_KK, corner_KK = basis_DK.mT @ moved_DK, added_DK.mT @ moved_DK
+        small_KK = torch.cat(
+            (torch.cat((small_KK, side_KK), 1), torch.cat((side_KK.mT, corner_KK), 1))
+        )
         basis_DK = torch.cat((basis_DK, added_DK), 1)
-        image_DK = torch.cat((image_DK, product(added_DK)), 1)
+        image_DK = torch.cat((image_DK, moved_DK), 1)
     return Spectrum(values_R, vectors_DR)
 
 

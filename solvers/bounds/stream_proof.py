@@ -13,7 +13,6 @@ from torch import Tensor
 from common.certificate import KINDS
 from common.errors import CertificateError
 from common.models import ModelConfig
-from common.norms import exact64
 from solvers.bounds.admissible import check_multipliers
 from solvers.bounds.attention_proof import attention_image, prove_attention, split_heads
 from solvers.bounds.ellipsoid import Ellipsoid, Tokens
@@ -87,7 +86,7 @@ def advance(
 
 def logit_factors(config: ModelConfig, head_VC: Tensor, changes: Ellipsoid) -> list[float]:
     """Return factors whose product bounds the l2 norm of all changes of the logits."""
-    norm = (Enclosure(exact64(head_VC), 0.0) @ changes.enclosed).norm()
+    norm = (Enclosure.exact(head_VC) @ changes.enclosed).norm()
     return [abs(config.final_scale), norm, *_powers(changes.exponent)]
 
 

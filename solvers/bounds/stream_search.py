@@ -21,6 +21,8 @@ Found = dict[str, Tensor]
 
 _RATE = 0.05
 _SMOOTHING = (0.05, 0.002)  # of the last eigenvalue, relative: first and last step
+_PATIENCE = 5  # steps between tests of progress
+_PROGRESS = 2e-3  # of the bound's logarithm that these steps must gain
 _CONTENT = ("query", "key", "mixed")
 
 
@@ -55,7 +57,7 @@ class _Shape(NamedTuple):
     @classmethod
     def of(cls, shape_CC: Tensor, log_scale: Tensor | float) -> "_Shape":
         shape_CC = (shape_CC + shape_CC.mT) / 2
-        top = torch.linalg.eigvalsh(shape_CC.detach())[-1]
+        top = torch.linalg.eigvalsh(shape_CC.detach())[-1].clamp(min=1e-290)
         ridge_CC = 1e-12 * torch.eye(len(shape_CC), dtype=shape_CC.dtype)
         factor_CC = torch.linalg.cholesky(shape_CC / top + ridge_CC)
         return cls(factor_CC, log_scale + 0.5 * torch.log(top))
@@ -86,6 +88,7 @@ def search_stream(
     gram_CC = head_VC.mT @ head_VC
     optimizer = torch.optim.Adam(leaves, lr=_RATE, betas=(0.9, 0.98))
     best, kept = math.inf, [leaf.detach().clone() for leaf in leaves]
+    reference = math.inf
     for step in range(steps + 1):
         share = step / max(steps, 1)
         optimizer.param_groups[0]["lr"] = _RATE * min(1.0, 2.02 - 2 * share)
@@ -96,6 +99,10 @@ def search_stream(
             break
         if value < best:
             best, kept = value, [leaf.detach().clone() for leaf in leaves]
+        if step % _PATIENCE == 0:
+            if best > reference - _PROGRESS:
+                break
+            reference = best
         if step < steps:
             optimizer.zero_grad()
             objective.backward()
@@ -139,7 +146,7 @@ def _objective(
         changes, domain = _changes(part, own, changes, domain), _domain(part, own, domain)
     seen_CC = changes.factor_CC.mT @ gram_CC @ changes.factor_CC
     values = torch.linalg.eigvalsh((seen_CC + seen_CC.mT) / 2)
-    top = values[-1].detach()
+    top = values[-1].detach().clamp(min=1e-290)
     smooth = torch.logsumexp(values / (smoothing * top), 0) * smoothing * top
     exact = 0.5 * math.log(max(float(top), 1e-300)) + float(changes.log_scale)
     return 0.5 * smooth.log() + changes.log_scale, exact

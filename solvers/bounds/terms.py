@@ -52,15 +52,17 @@ class Term(NamedTuple):
 
     def product(self, theta_N: Tensor, block_DK: Tensor) -> Tensor:
         """Return the matrix times a block (D, K) of the factors' type, without forming it."""
+        # Few rows times a wide matrix is several times faster than the transposed product.
+        block_KD = block_DK.mT.contiguous()
         if self.constant_DD is None:
-            result_DK = torch.zeros_like(block_DK)
+            result_KD = torch.zeros_like(block_KD)
         else:
-            result_DK = self.constant_DD @ block_DK
+            result_KD = block_KD @ self.constant_DD
         for rows_RD, group_R, sign, offset in self.factors:
             part = slice(offset, offset + rows_RD.shape[1])
-            scale_R1 = torch.exp(sign * theta_N[group_R]).to(block_DK)[:, None]
-            result_DK[part] += rows_RD.mT @ (scale_R1 * (rows_RD @ block_DK[part]))
-        return result_DK
+            scale_R = torch.exp(sign * theta_N[group_R]).to(block_KD)
+            result_KD[:, part] += (scale_R * (block_KD[:, part] @ rows_RD.mT)) @ rows_RD
+        return result_KD.mT
 
     @property
     def is_coupled(self) -> bool:

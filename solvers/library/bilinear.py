@@ -69,7 +69,6 @@ def bilinear_sum(size: int, generator: torch.Generator, *, components: int = 64)
         num_components=components,
         start=zeros(2 * half),
         lipschitz_bound=1.0,
-        component_lipschitz=torch.linalg.matrix_norm(m_NDD, 2),
         mean_square_lipschitz=_LIPSCHITZ_MEAN_SQUARE,
         cocoercive=False,
         mean=lambda z: s_DD @ z + offset,

@@ -74,7 +74,7 @@ def digits(classifier: Path | None = None) -> Examples:
 
     images = load_digits()
     pixels_NI, digit_N = images.train_NI, images.train_labels_N
-    features_ND = pixels_NI if classifier is None else _hidden(classifier, pixels_NI)
+    features_ND = pixels_NI if classifier is None else hidden_features(classifier, pixels_NI)
     features_ND = features_ND.double()
     features_ND = features_ND - features_ND.mean(0)
     features_ND = features_ND / features_ND.norm(dim=1).max()
@@ -82,8 +82,18 @@ def digits(classifier: Path | None = None) -> Examples:
     return Examples(torch.cat((features_ND, bias_N1), 1), 2.0 * (digit_N % 2) - 1, digit_N)
 
 
-def _hidden(path: Path, pixels_NI: Tensor) -> Tensor:
-    """Return the activations before a classifier's last layer."""
+@torch.no_grad()
+def hidden_features(path: Path, pixels_NI: Tensor) -> Tensor:
+    """Return the activations (N, D) before the last layer of a classifier.
+
+    Args:
+        path: Directory of its bundle.
+        pixels_NI: Flattened images (N, I), float32.
+
+    Raises:
+        ConfigError: for a bundle that is no classifier of I pixels.
+        BundleError: for a directory without a bundle.
+    """
     from common.bundle import load_bundle
     from common.models.classifier import LipschitzMLP
 

@@ -1,4 +1,4 @@
-"""Linear programmes in saddle form: ``min_{x >= 0} max_y c^T x - y^T (A x - b)``.
+"""Linear programmes in saddle form, with a planted optimum.
 
 Source: spec halpern_solvers 2.8, 7.1.
 """
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from solvers.library.known import KnownProblem, normal, problem, uniform
-from solvers.resolvents import Nonneg
-from solvers.saddle import Point, bilinear_saddle
+from solvers.linear_program import linear_program
+from solvers.saddle import Point
 
 
 @problem("linear_programme", size=60, smallest=6)
@@ -26,9 +26,8 @@ def linear_programme(size: int, generator: torch.Generator) -> KnownProblem:
     x = torch.where(basis, 0.5 + uniform(generator, columns), 0.0)
     slack = torch.where(basis, 0.0, 0.5 + uniform(generator, columns))
     y = normal(generator, rows)
-    b, c = a @ x, a.T @ y + slack
-
-    saddle = bilinear_saddle(-a, cost=c, offset=-b, primal=Nonneg())
+    b, c = a @ x, slack - a.T @ y
+    saddle = linear_program(c, equal=(a, b))
     return KnownProblem(
         problem=saddle,
         sampled=saddle.finite_sum(),
@@ -42,11 +41,11 @@ def linear_programme(size: int, generator: torch.Generator) -> KnownProblem:
 def _error(point: Point, solution: Point, a: Tensor, b: Tensor, c: Tensor) -> float:
     """Return the largest of both infeasibilities and the relative error of the optimal value.
 
-    Each is at most the residual: an element r of F + G at (x, y) has ``r_y = A x - b`` and
-    ``r_x >= c - A^T y``, and ``|c^T x - c^T x*| <= (|z| + |z*|) |r|``.
+    Each is at most the residual: an element r of F + G at (x, y) has ``r_y = b - A x`` and
+    ``r_x <= c + A^T y``, and ``|c^T x - c^T x*| <= (|z| + |z*|) |r|``.
     """
     x, y = point
     size = sum(float(torch.cat(pair).norm()) for pair in (point, solution))
     primal = float((a @ x - b).norm())
-    dual = float((a.T @ y - c).clamp_min(0).norm())
+    dual = float((-c - a.T @ y).clamp_min(0).norm())
     return max(primal, dual, abs(float(c @ (x - solution[0]))) / size)

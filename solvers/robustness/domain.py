@@ -12,7 +12,7 @@ import torch
 
 from common.certificate import Certificate, product_up
 from common.models import LipschitzTransformer
-from solvers.bounds.checker import prove_block
+from solvers.bounds.stream_proof import Stream, advance, stream_factors
 
 SAMPLED_ROWS = 4096
 """The median distance is taken over all pairs of at most this many rows, evenly chosen."""
@@ -33,7 +33,7 @@ class StreamBound:
     @property
     def ball(self) -> float:
         """The factor on the certified ball."""
-        return self._certificate.amplification(-1)
+        return self._certificate.stream
 
     def beyond(self, epsilons: Sequence[float]) -> list[float]:
         """Return the factors on balls whose radius exceeds the certified one by each epsilon."""
@@ -47,20 +47,15 @@ class StreamBound:
         if radius not in self._found:
             state = self._model.state_dict()
             tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
-            factors, inner, naive = [], radius, radius
-            for block in self._certificate.blocks:
-                multipliers = {
-                    name.removeprefix(block.key): tensor
-                    for name, tensor in self._certificate.multipliers.items()
-                    if name.startswith(block.key)
-                }
-                proved = prove_block(
-                    self._model.config, tensors, block.index, inner, naive, multipliers
-                )
-                factors.append(proved.tightened)
-                inner, naive = proved.radius_out, proved.naive_radius_out
+            config, factors = self._model.config, []
+            stream = Stream.start(config.width, radius)
+            for index in range(len(self._certificate.blocks)):
+                own = self._certificate.block_multipliers(index)
+                bound, stream = advance(config, tensors, index, stream, own)
+                factors.append(bound.tightened)
+            found = min(product_up(factors), product_up(stream_factors(stream.changes)))
             # The certified ball is inside: no smaller factor is ever used for the larger one.
-            self._found[radius] = max(product_up(factors), self.ball)
+            self._found[radius] = max(found, self.ball)
         return self._found[radius]
 
 

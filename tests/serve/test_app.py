@@ -10,7 +10,7 @@ import torch
 
 from common.bundle import save_bundle
 from common.models import LipschitzTransformer, ModelConfig
-from common.tokenizer import ByteTokenizer
+from common.tokenizer import ByteTokenizer, CharTokenizer
 from common.tracking import is_declared
 from solvers.bounds.network import certify
 
@@ -69,6 +69,21 @@ def test_generate_continues_given_prompts_without_a_corpus(lipllm: Callable, bun
     assert first.status == again.status == other.status == 0, first.err
     assert texts[0] == texts[1] != texts[2]
     assert not Path(".cache").exists()
+
+
+def test_generate_says_why_a_character_model_is_not_compared(
+    lipllm: Callable, tmp_path: Path
+) -> None:
+    """Oracle: the default text holds more than ten characters; the prompt is continued anyway."""
+    config = ModelConfig(vocab_size=10, width=16, layers=1, heads=2, context=CONTEXT)
+    model = LipschitzTransformer(config).eval()
+    path = save_bundle(tmp_path / "c", model, CharTokenizer("abcdefghij")).path
+    done = lipllm("generate", f"bundle={path}", *QUICK, "generate.prompts=[abc]")
+    assert done.status == 0, done.err
+    (line,) = [x for x in (done.out + done.err).splitlines() if "are not compared" in x]
+    assert "data=stdlib is program code" in line
+    assert "data=local data.path=FILE" in line
+    assert "--- full cache" in done.out
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_blocks_missing_repeated_or_out_of_order_are_refused(
     [
         ({"width": 9}, "width"),
         ({"vocab_size": 1000}, "vocab_size"),
-        ({"format_version": 2}, "format_version"),
+        ({"format_version": 1}, "format_version"),
         ({"reference_sound": True}, "reference_sound"),
         ({"attack": 1e9}, "against attack"),
     ],

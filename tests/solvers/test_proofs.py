@@ -13,11 +13,17 @@ from common.models import LipschitzTransformer
 from common.models.config import ACTIVATIONS
 from solvers.bounds import certify
 from solvers.bounds.admissible import multiplier_shapes
-from solvers.bounds.attention_proof import attention_bound, naive_attention, split_heads
-from solvers.bounds.checker import prove_block
+from solvers.bounds.attention_proof import (
+    attention_bound,
+    naive_attention,
+    split_heads,
+    value_path,
+)
+from solvers.bounds.ellipsoid import Ellipsoid, Tokens
 from solvers.bounds.head_proof import head_norms
 from solvers.bounds.mlp_proof import mlp_bound, mlp_form
 from solvers.bounds.slopes import slope_interval
+from solvers.bounds.stream_proof import prove_block
 
 TIGHT = 1e-7  # proved values may lie this much above the same formula without margins
 TINY_MODEL = {"width": 8, "layers": 1, "heads": 2, "mlp_width": 10, "context": 8}
@@ -37,7 +43,8 @@ def _random_multipliers(
 
 def _prove(model: LipschitzTransformer, index: int, radius: float, spread: float = 0.5) -> Any:
     multipliers = _random_multipliers(model, index, spread)
-    return prove_block(model.config, model.state_dict(), index, radius, radius, multipliers)
+    tokens = Tokens.ball(model.config.width, radius)
+    return prove_block(model.config, model.state_dict(), index, tokens, multipliers)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -170,21 +177,25 @@ def test_attention_bound_equals_its_formula(build_model: BuildModel) -> None:
     for h in range(4):
         through = wo_CHD[:, h] @ wv_KDC[h // 2]
         value = through @ through.T
-        tau += value / m["tau"][h]
+        tau += value / m["domain.value"][h]
         joint += value / m["value"][h]
         if h < 2:
             size = torch.linalg.matrix_norm(wk_DC, 2) ** 2
             seen = wk_DC @ through.T
             t = m["mixed"][h]
-            mixed = ((1 + t) * size * value + (1 + 1 / t) * seen.T @ seen) / 4
+            mixed = ((1 + t) * size * value + (1 + 1 / t) * seen.T @ seen) / 4 * radius**2
             joint += score * (mixed / m["query"][h] + size * value / m["key"][h])
             query += m["query"][h] * wq_HDC[h].T @ wq_HDC[h]
             key += m["key"][h] * wq_HDC[h].T @ wq_HDC[h]
     tops = [float(torch.linalg.eigvalsh(matrix)[-1]) for matrix in (tau, joint, query, key)]
-    exact = (tops[1] + float(m["value"].sum()) + score * (tops[2] + tops[3])) / 2
-    found = attention_bound(heads, layer, radius, m)
-    assert exact < found["lipschitz"] < exact * (1 + TIGHT)
-    assert found["tau"] == pytest.approx(math.sqrt(float(m["tau"].sum()) * tops[0]), rel=TIGHT)
+    scores = layer.logit_scale * tops[2] + score * tops[3]
+    exact = (tops[1] + float(m["value"].sum()) + scores) / 2
+    found = attention_bound(heads, layer, Ellipsoid.ball(16, radius), m)
+    assert exact < found < exact * (1 + TIGHT)
+    own = {"value": m["domain.value"]}
+    assert value_path(heads, own) == pytest.approx(
+        math.sqrt(float(own["value"].sum()) * tops[0]), rel=TIGHT
+    )
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "output"])
@@ -197,7 +208,8 @@ def test_attention_bounds_grow_with_each_matrix(build_model: BuildModel, name: s
     getattr(attention, name).weight.mul_(1.1)
     after = split_heads(attention.state_dict(), layer)
     assert naive_attention(after, layer, radius) > naive_attention(before, layer, radius)
-    pair = [attention_bound(heads, layer, radius, m)["lipschitz"] for heads in (before, after)]
+    domain = Ellipsoid.ball(16, radius)
+    pair = [attention_bound(heads, layer, domain, m) for heads in (before, after)]
     assert pair[1] > pair[0]
     assert naive_attention(after, layer, 2 * radius) > naive_attention(after, layer, radius)
 

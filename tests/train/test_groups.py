@@ -192,6 +192,9 @@ def test_classifier_is_partitioned_too():
     ("make", "match"),
     [
         (lambda: Constraint(w_max=-1), r"w_max=-1"),
+        (lambda: Constraint(w_max=1e-40), r"constraint\.w_max=1e-40: expected a cap from 1e-06"),
+        (lambda: Constraint(w_max=float("nan")), r"constraint\.w_max=nan"),
+        (lambda: Constraint(caps={"head": 1e30}), r"caps\.head=1e\+30: expected .* to 1e\+06"),
         (lambda: Constraint(kind="row_clip"), "soft_cap"),
         (lambda: Constraint(caps={"head": 0}), r"caps\.head=0"),
         (lambda: Constraint(w_max="big"), "w_max='big'"),

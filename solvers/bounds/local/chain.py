@@ -18,8 +18,9 @@ from torch import Tensor
 from common.certificate import product_up
 from common.models import ModelConfig
 from common.norms import SLACK, UNIT, exact64, gamma
-from solvers.bounds.checker import prove_block
+from solvers.bounds.ellipsoid import Tokens
 from solvers.bounds.local.blocks import AttentionAround, Known, MlpAround, around
+from solvers.bounds.stream_proof import prove_block
 
 
 class Level(NamedTuple):
@@ -225,7 +226,7 @@ class Constants:
                 for name, tensor in self._multipliers.items()
                 if name.startswith(prefix)
             }
-            bound = prove_block(config, tensors, index, key[1], key[1], own)
+            bound = prove_block(config, tensors, index, Tokens.ball(config.width, key[1]), own)
             path = bound.components.get("tau", torch.inf)
             ball = bound.radius_out if matters else torch.inf
             self._proved[key] = (bound.tightened, path, ball)

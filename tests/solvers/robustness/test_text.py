@@ -45,7 +45,8 @@ def shrunk(certificate: Certificate, factor: float) -> Certificate:
     blocks = tuple(
         dataclasses.replace(b, tightened=b.tightened * factor) for b in certificate.blocks
     )
-    return dataclasses.replace(certificate, blocks=blocks)
+    stream = certificate.stream * factor ** len(blocks)
+    return dataclasses.replace(certificate, blocks=blocks, stream=stream)
 
 
 KINDS: dict[str, dict[str, Any]] = {
