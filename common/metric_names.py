@@ -52,6 +52,8 @@ METRICS: dict[str, str] = {
     "attack/structured": "Sensitivity found by the structured attack (estimate from below)",
     "attack/gradient": "Sensitivity found by the gradient attack (estimate from below)",
     "attack/random": "Sensitivity found by random directions (estimate from below)",
+    "attack/power": "Sensitivity at random inputs and texts by power iteration (from below)",
+    "attack/swaps": "Sensitivity to exchanged tokens that was found (estimate from below)",
     "attack/seconds": "Time of the attacks, seconds",
     "robust/inputs": "Images or text positions whose certified radius was computed",
     "robust/accuracy": "Accuracy on them without perturbation, share",
