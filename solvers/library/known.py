@@ -29,8 +29,8 @@ class KnownProblem:
             (a skew linear part, nothing else) or merely ``monotone``.
         solution: One solution, structured like the start; None where none has a closed form.
         error: Error of a point, zero at every solution and only there.
-        proves: ``proves(value, residual)``: the largest error that a residual allows at this
-            point; the certificate of spec halpern_solvers 1.4 for this problem.
+        allows: ``allows(value, residual)``: the largest error that a residual allows at this
+            point, up to rounding; the certificate of spec halpern_solvers 1.4 for this problem.
         sampled: The same problem on packed points as a sum over rows and columns, for the
             methods that sample; None where the problem itself is the sum, or is none.
     """
@@ -39,7 +39,7 @@ class KnownProblem:
     kind: Kind
     solution: Value | None
     error: Callable[[Any], float]
-    proves: Callable[[Any, float], float]
+    allows: Callable[[Any, float], float]
     sampled: FiniteSumInclusion | None = None
 
     @property
@@ -58,7 +58,7 @@ class KnownProblem:
             sampled=None,
             solution=None if self.solution is None else torch.cat(tuple(self.solution)),
             error=lambda value: self.error(unpack(value)),
-            proves=lambda value, residual: self.proves(unpack(value), residual),
+            allows=lambda value, residual: self.allows(unpack(value), residual),
         )
 
 
@@ -174,5 +174,5 @@ def distance_to(solution: Tensor, modulus: float) -> dict[str, Any]:
     return {
         "solution": solution,
         "error": lambda value: float((value - solution).norm()),
-        "proves": lambda value, residual: residual / modulus,
+        "allows": lambda value, residual: residual / modulus,
     }
