@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from solvers.sampling import Laws, check_law, importance_law, uniform_law
 from solvers.structure import check_start
 
 Sampling = Literal["auto", "uniform", "importance"]
-SAMPLINGS = ("auto", "uniform", "importance")
+SAMPLINGS = get_args(Sampling)
 _SLACK = 1.01  # ratio at which two constants count as contradictory rather than rounded
 
 

@@ -33,6 +33,7 @@ from solvers.structure import norm
 from solvers.vr_forb import Inner, Proximal, batch_lipschitz, vr_forb
 
 _MOST_EPOCHS = 200  # passes after which a certified inner loop gives up (spec 2.6)
+_TOO_ACCURATE = "The inner loop did not reach its accuracy; raise accuracy, or use inner=fixed."
 _AUTHORS = {"inner_epochs": 0.05, "step_scale": 5.0}
 
 
@@ -133,7 +134,7 @@ class InexactHalpern:
             found = _at_iterate(oracle, iterate, state.mean_lipschitz)
         arrived = judged(state, found, slope_holds)
         if not inner.accepted:
-            arrived = replace(arrived, failure=Status.STALLED)
+            arrived = replace(arrived, failure=Status.STALLED, detail=_TOO_ACCURATE)
         factor = 0.0 if self.authors_compat else self.restart_factor
         if arrived.failure or arrived.residual > factor * state.reference:
             return replace(arrived, iterate=iterate, count=state.count + 1)

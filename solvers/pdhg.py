@@ -33,6 +33,8 @@ class PDHGState(State):
     """State of the method; ``point`` is the last point before reflection and anchoring.
 
     Attributes:
+        normal: Element of G there.
+        value: F there.
         iterate: z.
         field: ``F(z)``.
         anchor: z at the last restart.
@@ -46,6 +48,8 @@ class PDHGState(State):
         verdict: Which side was found to have no solution, if any.
     """
 
+    normal: Tensor
+    value: Tensor
     iterate: Tensor
     field: Tensor
     anchor: Tensor
@@ -109,12 +113,7 @@ class PrimalDualHybridGradient:
         Raises:
             ConfigError: for a problem that is no bilinear saddle point, or F not finite.
         """
-        problem = oracle.problem
-        if not isinstance(problem, BilinearSaddle):
-            raise ConfigError(
-                f"method={self.name}: needs the parts of a bilinear saddle point, and this problem "
-                "shows its operator only; build it with bilinear_saddle, or use method=forb"
-            )
+        problem = _saddle(oracle)
         point = oracle.resolvent(start, 1.0)
         field, normal = oracle.first_value(point), start - point
         lipschitz = first_lipschitz(oracle, point, field)
@@ -143,8 +142,6 @@ class PrimalDualHybridGradient:
         following = _advance(oracle, state, self.step_scale)
         if following.failure is not None:
             return following
-        assert following.value is not None
-        assert following.normal is not None
         moved = state.iterate - following.point
         # The squared length of the move in the metric of the method, up to a constant factor.
         energy = inner(moved, following.value + following.normal)
@@ -163,7 +160,6 @@ class PrimalDualHybridGradient:
 
     def _anchored(self, state: PDHGState, following: PDHGState) -> PDHGState:
         """Return the new state with its iterate reflected and drawn to the anchor."""
-        assert following.value is not None
         share = (state.count + 1) / (state.count + 2)
         new, old = share * (1 + self.reflection), -share * self.reflection
         # F is affine and the weights add up to 1, so F of the mean is the mean of F.
@@ -200,7 +196,6 @@ class PrimalDualHybridGradient:
 
     def _restarted(self, oracle: Oracle, state: PDHGState) -> PDHGState:
         """Return the state with its anchor at the last un-reflected point."""
-        assert state.value is not None
         weight = _adapted(oracle, state) if self.adapt_weight else state.weight
         return replace(
             state,
@@ -215,14 +210,22 @@ class PrimalDualHybridGradient:
         )
 
 
+def _saddle(oracle: Oracle) -> BilinearSaddle:
+    if not isinstance(oracle.problem, BilinearSaddle):
+        raise ConfigError(
+            "method=pdhg: needs the parts of a bilinear saddle point, and this problem shows its "
+            "operator only; build it with bilinear_saddle, or use method=forb"
+        )
+    return oracle.problem
+
+
 def _advance(oracle: Oracle, state: PDHGState, scale: float) -> PDHGState:
     """Apply the primal-dual hybrid gradient map to the iterate; one full evaluation.
 
     Returns:
         The state at the new point, with F and an element of G there.
     """
-    problem = oracle.problem
-    assert isinstance(problem, BilinearSaddle)
+    problem = _saddle(oracle)
     (x, y), (field_x, field_y) = _parts(oracle, state.iterate), _parts(oracle, state.field)
     tau, sigma = state.metric.steps(scale, state.weight.value)
     oracle.full_evals += 1
@@ -250,10 +253,7 @@ def _advance(oracle: Oracle, state: PDHGState, scale: float) -> PDHGState:
 
 def _adapted(oracle: Oracle, state: PDHGState) -> PrimalWeight:
     """Return the primal weight after a restart of this state."""
-    problem = oracle.problem
-    assert isinstance(problem, BilinearSaddle)
-    assert state.value is not None
-    assert state.normal is not None
+    problem = _saddle(oracle)
     moved_x, moved_y = _parts(oracle, state.point - state.anchor)
     dual, primal = _parts(oracle, state.value + state.normal)
     return state.weight.updated(
@@ -263,10 +263,8 @@ def _adapted(oracle: Oracle, state: PDHGState) -> PrimalWeight:
 
 
 def _verdict(oracle: Oracle, state: PDHGState, following: PDHGState) -> Verdict | None:
-    assert isinstance(oracle.problem, BilinearSaddle)
-    assert following.value is not None
     ray = _parts(oracle, following.point - state.iterate)
-    return no_solution(oracle.problem, ray, _parts(oracle, following.value - state.field))
+    return no_solution(_saddle(oracle), ray, _parts(oracle, following.value - state.field))
 
 
 def _enlarged(state: PDHGState) -> PDHGState:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from common.config import check_types
-from solvers.bounds.attack import AttackSettings
+from solvers.bounds.attack_settings import AttackSettings
 from solvers.bounds.network import TightenSettings
 
 
@@ -31,7 +31,7 @@ class CertifySettings:
     attack_network_steps: int = 16
     attack_starts: int = 4
     attack_tokens: int = 16
-    attack_rate: float = 0.1
+    attack_rate: float = 0.3
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -47,7 +47,7 @@ class CertifySettings:
         return AttackSettings(
             steps=self.attack_steps,
             network_steps=self.attack_network_steps,
-            starts=self.attack_starts,
+            restarts=self.attack_starts,
             tokens=self.attack_tokens,
             rate=self.attack_rate,
             seed=seed,

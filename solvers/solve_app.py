@@ -106,6 +106,7 @@ def solve(cfg: Any, run: Run) -> Outcome:
         artifacts=artifacts,
         objective=float(scale * result.oracle_calls) if result.converged else float("inf"),
         notes={
+            "method": result.method,
             "outcome": result.status.name.lower().replace("_", " "),
             "status": result.message,
             "problem": PROBLEMS[settings.problem].about,
@@ -152,7 +153,7 @@ def _figures(known: KnownProblem, result: Result, scale: int) -> dict[str, float
     return {
         "solve/residual": result.residual,
         "solve/error": known.error(result.value),
-        "solve/proved_error": known.proves(result.value, result.residual),
+        "solve/error_allowed": known.allows(result.value, result.residual),
         "solve/iterations": float(result.iterations),
         "solve/evals": float(scale * result.oracle_calls),
         "solve/full_evals": float(result.full_evals),

@@ -1,5 +1,6 @@
 """Shared fixtures: one thread, no network, no writes outside ``tmp_path``, commands in process."""
 
+import json
 import logging
 import os
 import random
@@ -74,6 +75,16 @@ class Completed:
     status: int
     out: str
     err: str
+
+    @property
+    def directory(self) -> Path:
+        """Folder of the run, which the last line of the output names."""
+        return Path(self.out.strip().splitlines()[-1].removeprefix("summary: ")).parent
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the run's summary."""
+        return dict(json.loads((self.directory / "summary.json").read_text())["metrics"])
 
 
 @pytest.fixture

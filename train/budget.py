@@ -66,7 +66,7 @@ class KeepBudget(EachStep):
         super().__init__(budget.every)
         self.budget = budget
 
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+    def on_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Prove the blocks and change the cap; every rank proves the same."""
         model = pl_module.whole()
         certificate = certify(model, self.budget.tighten)

@@ -39,7 +39,7 @@ class Certify(EachStep):
         super().__init__(every)
         self.maxima = maxima
 
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+    def on_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Measure on the leading rank; every rank helps to bring the weights together."""
         model = pl_module.whole()
         if trainer.is_global_zero:
@@ -76,7 +76,7 @@ class Sample(EachStep):
         self.path, self.tokenizer = path, tokenizer
         self.prompt_T, self.num_tokens = prompt_T, num_tokens
 
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+    def on_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Sample on the leading rank, with a seed of its own."""
         model = pl_module.whole()
         if trainer.is_global_zero:
@@ -127,7 +127,7 @@ class Checkpoint(EachStep):
             self._stop = agrees and decide(self._interrupted, all=False)
         return self._stop or bool(self.period and trainer.global_step % self.period == 0)
 
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+    def on_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save, and stop after Ctrl-C."""
         self.save(trainer)
         if self._stop:

@@ -97,7 +97,7 @@ class Cost(EachStep):
         if self.every and (trainer.global_step + 1) % self.every == 0:
             self._began = _now(trainer.strategy.root_device)
 
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+    def on_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the figures of the steps since the last log."""
         tokens, seconds, step = self._window
         self._window = (self.progress.tokens, self.progress.seconds, trainer.global_step)

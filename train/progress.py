@@ -51,13 +51,13 @@ class EachStep(L.Callback):
         self._seen = trainer.global_step
         if self.every and self.is_due(trainer):
             with paused(trainer):
-                self.on_step(trainer, pl_module, outputs)
+                self.on_step(trainer, pl_module)
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Return whether the step just done is one of the period's."""
         return trainer.global_step % self.every == 0
 
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+    def on_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Act after a step that is due."""
 
 
@@ -134,7 +134,7 @@ class Progress(EachStep):
         if is_end_of_step:
             self._losses.clear()
 
-    def on_step(self, trainer: L.Trainer, pl_module: Any, outputs: Any) -> None:
+    def on_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the step's loss (nats), learning-rate factor and speed since the last log."""
         tokens, seconds = self._tokens - self._window[0], self._seconds - self._window[1]
         self._window = (self._tokens, self._seconds)

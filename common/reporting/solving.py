@@ -24,7 +24,7 @@ from common.reporting.runs import StageRun, Story
 COMMAND = "solve"
 _OF_THE_PROBLEM = ("solve.problem", "solve.method", "solve.size")
 _LEVELS = 3  # residuals at which methods are compared, beside the last one
-_PROVES = "what the residual proves about the error"
+_ALLOWS = "largest error that the residual allows, up to rounding"
 _CAPTION = (
     f"{kind('measured')} Norm of an explicit element of F + G, the smallest up to each point. "
     "An oracle call is one component; an evaluation of the whole operator counts all of them."
@@ -37,8 +37,9 @@ def solving(story: Story) -> str:
     if run is None or not run.summary:
         return ""
     course = read_course(run)
-    name, method = setting(run, "problem"), setting(run, "method")
-    about = str((run.summary.get("notes") or {}).get("problem", ""))
+    notes = run.summary.get("notes") or {}
+    name, about = setting(run, "problem"), str(notes.get("problem", ""))
+    method = str(notes.get("method") or setting(run, "method"))
     chart = (
         figures(figure(convergence_chart([course]), f"<b>{escape(method)}.</b> {_CAPTION}"))
         if course.calls
@@ -91,7 +92,7 @@ def _account(run: StageRun) -> str:
         ("status", escape((run.summary.get("notes") or {}).get("status", "unknown"))),
         ("residual", f"{number(metrics.get('solve/residual'))} {kind('measured')}"),
         ("error", f"{number(metrics.get('solve/error'))} {kind('measured')}"),
-        (_PROVES, f"{number(metrics.get('solve/proved_error'))} {kind('proved')}"),
+        (_ALLOWS, number(metrics.get("solve/error_allowed"))),
         ("evaluations of the whole operator", number(metrics.get("solve/full_evals"))),
         ("evaluations of single components", number(metrics.get("solve/component_evals"))),
         ("oracle calls in components", number(metrics.get("solve/evals"))),

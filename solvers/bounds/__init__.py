@@ -1,7 +1,7 @@
 """Certified bounds: slopes, block proofs, the trusted checker, network certificates, attacks."""
 
-from solvers.bounds.attack import AttackSettings as AttackSettings
 from solvers.bounds.attack import block_attack as block_attack
+from solvers.bounds.attack_settings import AttackSettings as AttackSettings
 from solvers.bounds.checker import verify as verify
 from solvers.bounds.claims import VerifyReport as VerifyReport
 from solvers.bounds.mlp_proof import mlp_bound as mlp_bound

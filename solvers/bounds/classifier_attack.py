@@ -16,7 +16,8 @@ from torch import Tensor
 from common.classifier_certificate import ClassifierCertificate
 from common.errors import CertificateError
 from common.models import LipschitzMLP
-from solvers.bounds.attack import ROUNDING, AttackResult, AttackSettings
+from solvers.bounds.attack_ascent import ROUNDING
+from solvers.bounds.attack_settings import AttackResult, AttackSettings
 
 _SIZES = (1.0, 1e3)
 """Norms of the attacked points: with biases the constants near 0 and far away differ."""
@@ -100,7 +101,7 @@ def _attack(
 ) -> tuple[float, float, float]:
     """Return the best l2 ratios of random pairs, of gradient ascent and of singular vectors."""
     generator = torch.Generator().manual_seed(settings.seed)
-    shape = (2, settings.starts, inputs)
+    shape = (2, settings.restarts, inputs)
     points = torch.randn(shape, generator=generator, dtype=torch.float64)
     random = gradient = structured = 0.0
     for size in _SIZES:

@@ -5,9 +5,9 @@ from typing import Any, overload
 from common.certificate import Certificate
 from common.classifier_certificate import AnyCertificate, ClassifierCertificate
 from common.models import LipschitzMLP, LipschitzTransformer
-from solvers.bounds.attack import AttackResult, AttackSettings
 from solvers.bounds.attack import attack as attack_transformer
 from solvers.bounds.attack import with_attack as with_transformer_attack
+from solvers.bounds.attack_settings import AttackResult, AttackSettings
 from solvers.bounds.classifier import certify_classifier
 from solvers.bounds.classifier_attack import attack_classifier, with_classifier_attack
 from solvers.bounds.network import TightenSettings

@@ -18,5 +18,5 @@ def rotation(size: int, generator: torch.Generator) -> KnownProblem:
         kind="cocoercive",
         solution=torch.zeros_like(start),
         error=lambda x: float((x - turn @ x).norm()),
-        proves=lambda x, residual: residual,
+        allows=lambda x, residual: residual,
     )

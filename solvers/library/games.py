@@ -92,7 +92,7 @@ def _game(
         kind="bilinear",
         solution=solution,
         error=saddle.duality_gap,
-        proves=lambda z, residual: _DIAMETER * residual,
+        allows=lambda z, residual: _DIAMETER * residual,
     )
 
 

@@ -90,7 +90,7 @@ def group_dro(
         solution=reference,
         error=lambda z: max(0.0, task.worst(z[0]) - least),
         # P(w) - P(w*) <= <r, (w, q) - (w*, q')> for the worst q', and |q - q'|^2 <= 2.
-        proves=lambda z, residual: (residual + _REFERENCE_TOL) * span(z),
+        allows=lambda z, residual: (residual + _REFERENCE_TOL) * span(z),
     )
 
 

@@ -8,11 +8,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.config import one_of
+from common.config import one_of, positive
 from common.errors import ConfigError
 from solvers.finite_sum import FiniteSumInclusion
 from solvers.problem import Problem
 from solvers.structure import Structure, Value
+
+_LARGEST = 5000  # unknowns; the problems hold dense matrices of this side
 
 Kind = Literal["cocoercive", "monotone", "bilinear"]
 
@@ -27,8 +29,8 @@ class KnownProblem:
             (a skew linear part, nothing else) or merely ``monotone``.
         solution: One solution, structured like the start; None where none has a closed form.
         error: Error of a point, zero at every solution and only there.
-        proves: ``proves(value, residual)``: the largest error that a residual allows at this
-            point; the certificate of spec halpern_solvers 1.4 for this problem.
+        allows: ``allows(value, residual)``: the largest error that a residual allows at this
+            point, up to rounding; the certificate of spec halpern_solvers 1.4 for this problem.
         sampled: The same problem on packed points as a sum over rows and columns, for the
             methods that sample; None where the problem itself is the sum, or is none.
     """
@@ -37,7 +39,7 @@ class KnownProblem:
     kind: Kind
     solution: Value | None
     error: Callable[[Any], float]
-    proves: Callable[[Any, float], float]
+    allows: Callable[[Any, float], float]
     sampled: FiniteSumInclusion | None = None
 
     @property
@@ -56,7 +58,7 @@ class KnownProblem:
             sampled=None,
             solution=None if self.solution is None else torch.cat(tuple(self.solution)),
             error=lambda value: self.error(unpack(value)),
-            proves=lambda value, residual: self.proves(unpack(value), residual),
+            allows=lambda value, residual: self.allows(unpack(value), residual),
         )
 
 
@@ -80,7 +82,7 @@ PROBLEMS: dict[str, Entry] = {}
 
 
 def problem(
-    name: str, *, size: int, smallest: int = 2, largest: int = 10**6
+    name: str, *, size: int, smallest: int = 2, largest: int = _LARGEST
 ) -> Callable[[Callable[..., KnownProblem]], Callable[..., KnownProblem]]:
     """Return a decorator that registers ``build(size, generator, *, option=default, ...)``.
 
@@ -123,7 +125,9 @@ def standard_problem(
         )
     known = entry.options
     for key, value in options.items():
-        one_of(f"an option of problem={name}", key, sorted(known) or ["none: it has no options"])
+        if key not in known:
+            names = ", ".join(sorted(known)) or "no options"
+            raise ConfigError(f"{key}={value}: problem={name} does not know it; it has {names}")
         _check_option(name, key, value, known[key])
     return entry.build(size, torch.Generator().manual_seed(seed), **options)
 
@@ -133,6 +137,8 @@ def _check_option(name: str, key: str, value: Any, default: Any) -> None:
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or isinstance(value, bool) != (kind is bool):
         raise ConfigError(f"{key}={value!r}: problem={name} expected {kind.__name__}; correct it")
+    if kind is float:
+        positive(key, value, zero=True)
     if kind is int and value < 1:
         raise ConfigError(f"{key}={value}: problem={name} expected at least 1; correct it")
 
@@ -168,5 +174,5 @@ def distance_to(solution: Tensor, modulus: float) -> dict[str, Any]:
     return {
         "solution": solution,
         "error": lambda value: float((value - solution).norm()),
-        "proves": lambda value, residual: residual / modulus,
+        "allows": lambda value, residual: residual / modulus,
     }

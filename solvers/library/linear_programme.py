@@ -34,7 +34,7 @@ def linear_programme(size: int, generator: torch.Generator) -> KnownProblem:
         kind="bilinear",
         solution=(x, y),
         error=lambda z: _error(z, (x, y), a, b, c),
-        proves=lambda z, residual: residual,
+        allows=lambda z, residual: residual,
     )
 
 

@@ -63,7 +63,7 @@ def shared_multipliers(
         solution=reference.value,
         error=lambda theta_U: max(0.0, _objective(cells, theta_U, mu) - least),
         # f(v) - f* <= |f'(v)| |v - u*| for convex f.
-        proves=lambda theta_U, residual: (residual + reference.residual) * distance(theta_U),
+        allows=lambda theta_U, residual: (residual + reference.residual) * distance(theta_U),
     )
 
 

@@ -144,5 +144,5 @@ def _certificate_seconds(model: Any, length: int, folder: Any) -> float:
     )
     start = cpu_seconds()
     watch = Certify(1, partial(activation_maxima, tokens_BT=probe_BT))
-    watch.on_step(trainer, SimpleNamespace(whole=lambda: model), {})
+    watch.on_step(trainer, SimpleNamespace(whole=lambda: model))
     return cpu_seconds() - start

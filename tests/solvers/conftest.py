@@ -1,7 +1,10 @@
 """Small models with prescribed norms for the tests of bounds and attacks."""
 
+import json
 import math
+import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +83,17 @@ def any_model(request: pytest.FixtureRequest) -> LipschitzTransformer:
 def counterexample() -> LipschitzTransformer:
     """Return the four-head model of bound_tightening 4.2: orthogonal matrices, no residual."""
     return build(kind="orthogonal", width=64, layers=1, heads=4, context=24, attn_residual=1.0)
+
+
+@pytest.fixture(scope="session")
+def flip_bit() -> Callable[[Path, str], None]:
+    """Return a function that flips one bit in the middle of a tensor of a safetensors file."""
+
+    def flip(path: Path, tensor: str) -> None:
+        data = bytearray(path.read_bytes())
+        size = struct.unpack("<Q", data[:8])[0]
+        start, stop = json.loads(data[8 : 8 + size])[tensor]["data_offsets"]
+        data[8 + size + (start + stop) // 2] ^= 1
+        path.write_bytes(data)
+
+    return flip

@@ -18,8 +18,10 @@ from solvers import attack_app
 from solvers.bounds import certify
 
 CHEAP = (
-    "certify.attack_steps=1",
-    "certify.attack_network_steps=1",
+    "attack.steps=1",
+    "attack.network_steps=1",
+    "attack.restarts=2",
+    "attack.tokens=8",
     "robustness.tokens=64",
     "robustness.attack_tokens=16",
     "robustness.steps=3",
@@ -45,15 +47,11 @@ def bundle(tmp_path: Path, model: LipschitzTransformer) -> Path:
     return save_bundle(tmp_path / "model", model, ByteTokenizer(), certificate=certificate).path
 
 
-def _run(out: str) -> Path:
-    return Path(out.strip().splitlines()[-1].removeprefix("summary: ")).parent
-
-
 def test_text_leaves_curves_and_metrics(bundle: Path, text_file: Path, lipllm: Command) -> None:
     """Oracle: declared names, the file's own consistency, and the report that draws it."""
     done = lipllm("attack", f"bundle={bundle}", "data=local", f"data.path={text_file}", *CHEAP)
     assert done.status == 0, done.err
-    directory = _run(done.out)
+    directory = done.directory
     summary = json.loads((directory / "summary.json").read_text())
     metrics, content = summary["metrics"], json.loads((directory / "robustness.json").read_text())
     assert summary["artifacts"] == {"robustness": "robustness.json"}
@@ -89,7 +87,7 @@ def test_the_bundle_s_tokenizer_reads_the_corpus(
     data = ("data=local", f"data.path={text_file}", "data.tokenizer=byte")
     done = lipllm("attack", f"bundle={path}", *data, *CHEAP)
     assert done.status == 0, done.err
-    content = json.loads((_run(done.out) / "robustness.json").read_text())
+    content = json.loads((done.directory / "robustness.json").read_text())
     assert all(len(text) == 1 for swap in content["swaps"] for text in swap["text"])
 
 
@@ -97,7 +95,7 @@ def test_without_data_it_says_what_is_missing(bundle: Path, lipllm: Command) -> 
     """Oracle: the old metrics alone, no file, and a line that names the setting."""
     done = lipllm("attack", f"bundle={bundle}", *CHEAP)
     assert done.status == 0, done.err
-    directory = _run(done.out)
+    directory = done.directory
     metrics = json.loads((directory / "summary.json").read_text())["metrics"]
     assert all(name.startswith("attack/") for name in metrics)
     assert not (directory / "robustness.json").exists()
@@ -136,7 +134,7 @@ def test_images_leave_curves(tmp_path: Path, lipllm: Command) -> None:
     settings = ("robustness.images=50", "robustness.attack_images=20", *CHEAP)
     done = lipllm("attack", f"bundle={path}", "data=digits", *settings)
     assert done.status == 0, done.err
-    directory = _run(done.out)
+    directory = done.directory
     content = json.loads((directory / "robustness.json").read_text())
     assert (content["kind"], content["inputs"]) == ("classifier", 50)
     assert {p["inputs"] for p in content["points"]} == {20}

@@ -23,7 +23,7 @@ from solvers.bounds.mlp_block import tighten_mlp
 
 ACTIVATIONS = ("relu", "abs", "maxmin")
 SEARCH = TightenSettings(tol=1e-4)
-ATTACK = AttackSettings(steps=12, network_steps=6, starts=3)
+ATTACK = AttackSettings(steps=12, network_steps=6, restarts=3)
 # Rounding of the comparison with an enumeration in float64.
 EXACT = 1e-9
 # Distance of two optimisers of one problem, relative.

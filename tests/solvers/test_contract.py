@@ -76,7 +76,7 @@ def test_method_solves_problem(name, method):
     result = solve(known.problem, method, atol=0.0, rtol=rtol, max_iterations=MAX_ITERATIONS)
     assert result.converged, result.message
     assert result.verify(known.problem) == pytest.approx(result.residual, rel=ROUNDING)
-    allowed = known.proves(result.value, result.residual)
+    allowed = known.allows(result.value, result.residual)
     assert -ROUNDING <= known.error(result.value) <= allowed * (1 + ROUNDING) + ROUNDING
     assert result.oracle_calls == (
         known.problem.num_components * result.full_evals + result.component_evals
@@ -115,7 +115,7 @@ def test_residuals_are_lower_bounds_of_the_certificate_everywhere(name):
         point, normal = _point_with_normal(problem, scale, generator)
         value = problem.full(point)
         residual = float(torch.cat([part.reshape(-1) for part in _sum(value, normal)]).norm())
-        assert known.error(point) <= known.proves(point, residual) * (1 + ROUNDING) + ROUNDING
+        assert known.error(point) <= known.allows(point, residual) * (1 + ROUNDING) + ROUNDING
 
 
 def _point_with_normal(problem, scale, generator):

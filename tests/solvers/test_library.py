@@ -254,6 +254,9 @@ def test_every_problem_says_what_it_is(entry):
     [
         ("knapsack", {}, "matrix_game"),
         ("saddle", {"size": 1}, "size=1"),
+        ("saddle", {"size": 10**6}, "2 to 5000"),
+        ("least_squares_sum", {"decay": float("nan")}, "decay=nan"),
+        ("elastic_net", {"lasso": -1.0}, "lasso=-1"),
         ("rock_paper_scissors", {"size": 8}, "6 to 6"),
         ("saddle", {"components": 3}, "no options"),
         ("bilinear_sum", {"component": 3}, "components"),

@@ -15,8 +15,8 @@ from solvers.bounds.attack import AttackSettings, with_attack
 from solvers.bounds.checker import chain
 
 REL = 1e-8  # proved values carry margins of about 1e-9
-ATTACK = AttackSettings(steps=40, network_steps=20, starts=6, tokens=8)
-STRONG = AttackSettings(steps=60, starts=4, tokens=24)
+ATTACK = AttackSettings(steps=40, network_steps=20, restarts=6, tokens=8)
+STRONG = AttackSettings(steps=60, restarts=4, tokens=24)
 QUICK = TightenSettings(max_evals=10)
 
 BuildModel = Callable[..., LipschitzTransformer]

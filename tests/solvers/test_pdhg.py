@@ -188,6 +188,23 @@ def test_result_reports_residual_gap_and_evaluations():
     assert result.full_evals == result.iterations + 1
 
 
+def test_game_value_lies_in_the_certified_interval():
+    """Oracle: the value of a random 20x30 game by scipy's simplex method."""
+    optimize = pytest.importorskip("scipy.optimize")
+    a = torch.randn(20, 30, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    # min v with A x <= v, x a strategy.
+    rows = np.hstack((a.numpy(), -np.ones((20, 1))))
+    truth = optimize.linprog(
+        [0.0] * 30 + [1.0], A_ub=rows, b_ub=np.zeros(20), A_eq=[[1.0] * 30 + [0.0]], b_eq=[1.0],
+        bounds=[(0, None)] * 30 + [(None, None)],
+    ).fun  # fmt: skip
+    for game in (matrix_game(a), matrix_game(a, centered=False)):
+        result = solve(game, "pdhg", atol=1e-4)
+        upper, lower = game.primal_value(result.value[0]), game.dual_value(result.value[1])
+        assert lower - EXACT <= truth <= upper + EXACT
+        assert upper - lower <= result.gap_bound <= 2.1e-4
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_tiny_games(size):
     """Oracle: the only strategy of a 1x1 game; matching pennies is played uniformly."""

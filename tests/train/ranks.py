@@ -137,8 +137,8 @@ def check_training(folder, text, name):
     found = {"whole": run(folder, text, f"{name}-whole", *overrides)}
     save = Checkpoint.on_step
 
-    def save_and_stop(self, trainer, pl_module, outputs):
-        save(self, trainer, pl_module, outputs)
+    def save_and_stop(self, trainer, pl_module):
+        save(self, trainer, pl_module)
         if trainer.global_step == 3:
             raise Stop
 

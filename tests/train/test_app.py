@@ -92,7 +92,7 @@ def test_interrupted_run_resumes_bit_for_bit(make_run, monkeypatch, overrides):
     settings = ("trainer.max_steps=9", "callbacks.checkpoint_every=4", *overrides)
     whole = train(*make_run(*settings, directory="whole"))
 
-    def interrupt(self, trainer, pl_module, outputs):
+    def interrupt(self, trainer, pl_module):
         if trainer.global_step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 

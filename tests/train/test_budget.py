@@ -91,7 +91,7 @@ def test_a_block_that_nothing_passes_leaves_the_cap_alone(model):
     group = {"names": [HEAD], "w_max": 0.5}
     trainer = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[group])], loggers=[])
     module = SimpleNamespace(whole=lambda: blocked)
-    KeepBudget(Budget(target=1.0)).on_step(trainer, module, None)
+    KeepBudget(Budget(target=1.0)).on_step(trainer, module)
     assert group["w_max"] == 0.5
 
 

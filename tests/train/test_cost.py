@@ -100,7 +100,7 @@ def test_unknown_device_logs_no_utilisation():
     cost = Cost(1, progress, flops=1.0)
     cost.on_train_start(trainer, None)
     trainer.global_step, progress._seconds, progress._tokens = 1, 1.0, 1.0
-    cost.on_step(trainer, None, {})
+    cost.on_step(trainer, None)
     assert "train/mfu" not in rows[0][1]
 
 

@@ -41,7 +41,7 @@ def test_only_training_counts_as_training_time(clock):
     """Oracle: 2 s per batch; what the other callback and validation take is left out."""
 
     class Slow(EachStep):
-        def on_step(self, trainer, pl_module, outputs):
+        def on_step(self, trainer, pl_module):
             clock.seconds += 100
 
     watch, slow = Progress(10), Slow(2)

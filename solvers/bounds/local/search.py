@@ -3,7 +3,7 @@
 Untrusted: every number that is stored comes from the functions the checker uses.
 """
 
-# Legend: T token, N neurons or MaxMin pairs, C width.
+# Legend: T token, N neurons or MaxMin pairs, M cells (tokens), C width, F MLP width.
 
 import dataclasses
 import platform
@@ -19,11 +19,11 @@ from common.errors import ConfigError, DataError
 from common.models import LipschitzTransformer, ModelConfig
 from solvers.bounds.admissible import MULTIPLIER_RANGE, check_weights
 from solvers.bounds.head_proof import domain_radius
-from solvers.bounds.kform import METHODS, Factor, KForm, Term, minimise
-from solvers.bounds.local.blocks import MlpAround, MlpKnown
+from solvers.bounds.local.blocks import MlpKnown
 from solvers.bounds.local.chain import Level, Neighbourhood
 from solvers.bounds.local.checker import STORED_MARGIN, movement
 from solvers.bounds.local.record import LocalBlock, LocalCertificate
+from solvers.bounds.local.shared import SHARED_METHODS, shared_multipliers
 
 _LINEAR = 1e-6  # distance, relative to the tokens, at which nothing but the gradient matters
 _BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -36,10 +36,10 @@ class SearchSettings:
     Attributes:
         radius: Distance (l2 per token) to prove, or None to look for the largest ones.
         levels: Distances tried where the radius is not given.
-        cells: Tokens for which the shared multipliers of each MLP are optimised; 0 keeps those of
-            the certificate.
-        method: Solver of the shared multipliers, one of ``kform.METHODS``.
-        tol: Wanted duality gap relative to the first value.
+        cells: Tokens for which the shared multipliers of each MLP are optimised; 0 for none: MLPs
+            then move tokens by their certified constants.
+        method: Solver of the shared multipliers, one of ``shared.SHARED_METHODS``.
+        tol: Wanted duality gap relative to the first value; of ``vr_halpern`` the residual.
         max_evals: Eigen-decompositions of all cells, per MLP.
     """
 
@@ -54,11 +54,10 @@ class SearchSettings:
         check_types(self)
         if self.radius is not None:
             positive("radius", self.radius)
-        for name in ("levels", "tol"):
+        for name in ("levels", "tol", "max_evals"):
             positive(name, getattr(self, name))
-        for name in ("cells", "max_evals"):
-            positive(name, getattr(self, name), zero=True)
-        one_of("method", self.method, METHODS)
+        positive("cells", self.cells, zero=True)
+        one_of("method", self.method, SHARED_METHODS)
 
 
 @torch.no_grad()
@@ -94,13 +93,15 @@ def certify_local(
         raise ConfigError("certificate: it is of other weights; certify this model first")
     ball = domain_radius(tensors["embedding.weight"]) if certificate is None else certificate.radius
     multipliers = {} if certificate is None else dict(certificate.multipliers)
-    multipliers |= _starts(config, tensors, multipliers)
     near = Neighbourhood(config, tensors, multipliers, ids_T, ball)
     least_T, most_T = _brackets(near)
-    if settings.cells and settings.max_evals:
+    if settings.cells:
         middle = settings.radius or float((least_T * most_T).sqrt().median())
-        multipliers |= _shared(near, near.level(middle, centred=True), settings)
-        near = Neighbourhood(config, tensors, multipliers, ids_T, ball)
+        starts = _starts(config, tensors, multipliers)
+        found = _shared(near.level(middle, centred=True), starts, len(ids_T), settings)
+        if found:
+            multipliers |= found
+            near = Neighbourhood(config, tensors, multipliers, ids_T, ball)
     levels = _levels(least_T, most_T, settings)
     claims: dict[str, Any] = _claims(near, levels, settings)
     return LocalCertificate(
@@ -216,45 +217,24 @@ def _claims(
     }
 
 
-def _shared(near: Neighbourhood, level: Level, settings: SearchSettings) -> dict[str, Tensor]:
-    """Return multipliers of every MLP that make the mean of some tokens' K-forms small."""
-    found = {}
-    keep = torch.linspace(0, len(near.top_T) - 1, settings.cells).round().long().unique()
-    for index, known in enumerate(level.known):
+def _shared(
+    level: Level, starts: Mapping[str, Tensor], count: int, settings: SearchSettings
+) -> dict[str, Tensor]:
+    """Return multipliers of the MLPs where a local K-form beats the certified constant."""
+    found, before = {}, 1.0
+    cells_M = torch.linspace(0, count - 1, settings.cells).round().long().unique()
+    for index, (known, certified) in enumerate(zip(level.known, level.certified, strict=True)):
+        name, ceiling, before = f"local.{index}.lambda", certified / before, certified
         if isinstance(known, MlpKnown):
-            form = shared_form(known.around, known, keep)
-            start_N = known.around.lambda_N
-            assert start_N is not None
-            gap = settings.tol * form.value(start_N.log())
-            budget, method = settings.max_evals, settings.method
-            solved = minimise(form, start_N.log(), gap=gap, max_evals=budget, method=method)
-            found[f"local.{index}.lambda"] = solved.theta.exp().clamp(*MULTIPLIER_RANGE)
+            lambda_N = shared_multipliers(
+                known,
+                starts[name],
+                cells_M,
+                ceiling,
+                method=settings.method,
+                tol=settings.tol,
+                max_evals=settings.max_evals,
+            )
+            if lambda_N is not None:
+                found[name] = lambda_N
     return found
-
-
-def shared_form(around: MlpAround, known: MlpKnown, tokens_M: Tensor) -> KForm:
-    """Return the mean over tokens of the largest eigenvalues of their local K-forms.
-
-    Args:
-        around: An MLP block at computed tokens.
-        known: Its slopes.
-        tokens_M: Which tokens.
-
-    Returns:
-        A convex objective in the log multipliers (N,) that all tokens share: a finite sum.
-    """
-    block = around.map
-    width, count = block.linear_CC.shape[0], len(block.inner_NC)
-    index_N = torch.arange(count)
-    terms = []
-    for t in tokens_M.tolist():
-        root_N1 = known.slopes.spread_TN[t].sqrt()[:, None]
-        c_CC = block.linear_CC + (block.outer_CN * known.slopes.mid_TN[t]) @ block.inner_NC
-        zeros_CC = torch.zeros_like(c_CC)
-        constant = torch.cat((torch.cat((zeros_CC, c_CC.T), 1), torch.cat((c_CC, zeros_CC), 1)))
-        factors = (
-            Factor((block.inner_NC * root_N1).contiguous(), index_N, 1, 0),
-            Factor((block.outer_CN.T * root_N1).contiguous(), index_N, -1, width),
-        )
-        terms.append(Term(2 * width, 1 / len(tokens_M), constant, factors))
-    return KForm(tuple(terms), count)

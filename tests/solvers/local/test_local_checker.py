@@ -19,7 +19,7 @@ from solvers.bounds.local import LocalCertificate, SearchSettings, certify_local
 from solvers.bounds.local.blocks import MlpKnown
 from solvers.bounds.local.chain import Neighbourhood
 from solvers.bounds.local.record import JSON_FILE, find_records
-from solvers.bounds.local.search import shared_form
+from solvers.bounds.local.shared import joined, shared_multipliers, token_form
 from solvers.bounds.network import TightenSettings
 
 TOKENS = [3, 0, 7, 7]
@@ -255,7 +255,7 @@ def test_shared_multipliers_lower_the_mean_of_the_tokens(build_model: BuildModel
     near = Neighbourhood(model.config, model.state_dict(), start, tokens, 4.0)
     known = near.level(0.5, centred=True).known[1]
     assert isinstance(known, MlpKnown)
-    form = shared_form(known.around, known, torch.arange(4))
+    form = joined([token_form(known, t) for t in range(4)])
     before = form.value(torch.zeros(64, dtype=torch.float64))
     solved = minimise(form, torch.zeros(64, dtype=torch.float64), gap=1e-3, max_evals=40)
     assert solved.dual <= solved.primal < 0.99 * before
@@ -272,3 +272,19 @@ def test_shared_multipliers_lower_the_mean_of_the_tokens(build_model: BuildModel
                 block.linear_CC + (block.outer_CN * (mid_N + spread_N * s_N)) @ block.inner_NC
             )
             assert float(torch.linalg.matrix_norm(jacobian, 2)) <= float(bound_T[t])
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "vr_halpern"])
+def test_shared_multipliers_by_any_solver(build_model: BuildModel, method: str) -> None:
+    """Oracle: the mean of the tokens at the start; none where the certified constant is as good."""
+    model = build_model(activation="gelu", mlp_bias=True, norm=2.0)
+    near = Neighbourhood(model.config, model.state_dict(), {}, torch.tensor(TOKENS), 4.0)
+    known, start_N = near.level(0.3, centred=True).known[3], 3.0 * torch.ones(64).double()
+    assert isinstance(known, MlpKnown)
+    cells_M, options = torch.arange(4), {"method": method, "tol": 1e-3, "max_evals": 20}
+    form = joined([token_form(known, t) for t in range(4)])
+    first = form.value(start_N.log())
+    found_N = shared_multipliers(known, start_N, cells_M, 2 * first, **options)
+    assert found_N is not None
+    assert form.value(found_N.log()) < 0.99 * first
+    assert shared_multipliers(known, start_N, cells_M, 0.5, **options) is None
