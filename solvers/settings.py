@@ -16,6 +16,8 @@ class CertifySettings:
         method: Solver of the multiplier search.
         tol: Wanted duality gap relative to the first value of each search.
         max_evals: Eigen-decompositions per search.
+        stream_steps: Steps of the joint search over all blocks; None for the default of
+            ``TightenSettings``.
         attack_steps: Adam steps on each block; 0 switches all attacks off.
         attack_network_steps: Adam steps on the whole network.
         attack_starts: Sequences attacked at once.
@@ -27,6 +29,7 @@ class CertifySettings:
     method: str = "halpern_anderson"
     tol: float = 0.01
     max_evals: int = 200
+    stream_steps: int | None = None
     attack_steps: int = 40
     attack_network_steps: int = 16
     attack_starts: int = 4
@@ -40,7 +43,12 @@ class CertifySettings:
 
     def tightening(self) -> TightenSettings:
         """Return the settings of the multiplier search."""
-        return TightenSettings(method=self.method, tol=self.tol, max_evals=self.max_evals)
+        return TightenSettings(
+            method=self.method,
+            tol=self.tol,
+            max_evals=self.max_evals,
+            stream_steps=self.stream_steps,
+        )
 
     def attacks(self, seed: int) -> AttackSettings:
         """Return the settings of the attacks."""
