@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "certify": ("solvers.app:main_certify", "bound a model's sensitivity and store the proof"),
     "verify": ("solvers.app:main_verify", "re-prove a stored bound without trusting the solver"),
     "attack": ("solvers.app:main_attack", "search the largest sensitivity: a lower bound"),
+    "campaign": ("solvers.campaign_app:main", "try to refute the bounds on small random models"),
     "solve": ("solvers.app:main_solve", "run a monotone-inclusion solver on a standard problem"),
     "compress": ("compress.app:main", "prune a model and certify how far its output moved"),
     "calibrate": ("serve.app:main_calibrate", "collect the statistics that cache eviction needs"),

@@ -15,6 +15,7 @@ from common.errors import ConfigError, DataError
 from common.files import write_bytes
 from common.ledger import Outcome, Run
 from common.reporting import (
+    campaign,
     headline,
     origin,
     proof,
@@ -104,6 +105,7 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         "compress": (pruning.pruning,),
         "generate": (serving.cache, lambda story: serving.samples(story, settings.samples)),
         "solve": (solving.solving,),
+        "campaign": (campaign.campaign,),
     }
     is_pipeline = len(story.stages) > 1
     parts = [_guarded(headline.headline, story, "headline")]
@@ -114,6 +116,8 @@ def story_page(story: Story, settings: ReportConfig) -> str:
     about = "A language model with a machine-checkable bound on its sensitivity."
     if story.root.command == solving.COMMAND:
         about = "A monotone inclusion, and how a method came to its solution."
+    elif story.root.command == campaign.COMMAND:
+        about = "Attempts to refute the proofs that certificates rest on."
     lead = f"{about} Each figure says what is proved, what is measured and what is only estimated."
     return page(settings.title or f"lipllm: {name}", lead, "\n".join(parts), _foot(story.root))
 

@@ -15,6 +15,7 @@ from common.config import within
 from common.errors import ConfigError
 from solvers.halpern import Halpern, HalpernState
 from solvers.iterate import register
+from solvers.lipschitz import relaxed
 from solvers.oracle import Oracle
 
 
@@ -77,8 +78,8 @@ class AndersonHalpern(Halpern):
         following = self._state(oracle, point, value, state.lipschitz, anchor=point)
         if following.residual > self.safeguard * state.residual:
             return None
-        if oracle.problem.lipschitz_bound is None and self.relax_lipschitz < 1:
-            lipschitz = self.relax_lipschitz * state.lipschitz
+        lipschitz = relaxed(oracle, state.lipschitz, self.relax_lipschitz)
+        if lipschitz != state.lipschitz:
             following = self._state(oracle, point, value, lipschitz, anchor=point)
         return replace(following, restarts=state.restarts + 1, reference=following.residual)
 

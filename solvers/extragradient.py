@@ -14,7 +14,7 @@ from torch import Tensor
 from common.config import check_types, positive, within
 from common.errors import ConfigError
 from solvers.iterate import register
-from solvers.lipschitz import Trial, backtracked, slope_holds
+from solvers.lipschitz import Trial, backtracked, relaxed, slope_holds
 from solvers.monotone import MonotoneState, advance, first_state
 from solvers.oracle import Oracle
 from solvers.solution import Status
@@ -75,14 +75,17 @@ class Anchored(Extragradient):
 
     Attributes:
         restart_factor: Residual ratio that moves the anchor, in [0, 1); 0 never does.
+        relax_lipschitz: Factor on an *estimated* L at a restart, in (0, 1]; a given bound stays.
     """
 
     restart_factor: float = 0.5
+    relax_lipschitz: float = 0.7
 
     def __post_init__(self) -> None:
         """Validate the settings."""
         Extragradient.__post_init__(self)
         within("restart_factor", self.restart_factor, 0.0, 1 - 1e-6)
+        within("relax_lipschitz", self.relax_lipschitz, 1e-3, 1.0)
 
     def _weights(self, state: MonotoneState) -> tuple[float, float, float]:
         """Return the weight of the anchor and ``eta L`` of the half and the full step."""
@@ -101,6 +104,7 @@ class Anchored(Extragradient):
             anchor=following.point,
             count=0,
             reference=following.residual,
+            lipschitz=relaxed(oracle, following.lipschitz, self.relax_lipschitz),
             restarts=state.restarts + 1,
         )
 

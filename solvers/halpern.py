@@ -13,7 +13,7 @@ from torch import Tensor
 from common.config import check_types, positive, within
 from common.errors import ConfigError
 from solvers.iterate import register
-from solvers.lipschitz import backtracked, cocoercivity_holds, first_lipschitz
+from solvers.lipschitz import backtracked, cocoercivity_holds, first_lipschitz, relaxed
 from solvers.oracle import Oracle
 from solvers.solution import State, Status
 from solvers.structure import norm
@@ -173,9 +173,7 @@ class RestartedHalpern(Halpern):
         following = self._halpern_step(oracle, state)
         if following.residual > self.restart_factor * state.reference:
             return following
-        lipschitz = following.lipschitz
-        if oracle.problem.lipschitz_bound is None:
-            lipschitz *= self.relax_lipschitz
+        lipschitz = relaxed(oracle, following.lipschitz, self.relax_lipschitz)
         point, value = following.iterate, following.iterate_value
         fresh = self._state(oracle, point, value, lipschitz, anchor=point)
         return replace(fresh, reference=fresh.residual, restarts=state.restarts + 1)

@@ -24,7 +24,7 @@ from solvers.run import Solver as Solver
 from solvers.selector import choose
 from solvers.solution import Result, Status
 from solvers.solution import State as State
-from solvers.structure import Value
+from solvers.structure import Value, check_start
 
 SOLVERS: dict[str, type] = {}
 
@@ -90,7 +90,9 @@ def iterate(
     bounds = Limits(**limits)
     oracle = Oracle(problem, None if warm_start is None else warm_start.state)
     first = warm_start.value if warm_start is not None else start
-    point = oracle.structure.pack(problem.start if first is None else first, "start")
+    first = problem.start if first is None else first
+    check_start(first)
+    point = oracle.structure.pack(first, "start")
     if debug:
         check_resolvent(oracle, point)
     run = Run(oracle, solver, point, bounds, callback)

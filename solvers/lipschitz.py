@@ -47,10 +47,26 @@ def first_lipschitz(oracle: Oracle, point: Tensor, value: Tensor) -> float:
         lipschitz = problem.lipschitz_est
     if lipschitz is None and getattr(problem, "linear", False):
         lipschitz = power_lipschitz(oracle, point)
-        oracle.lipschitz_source = "backtracked" if lipschitz is None else "power"
+        if lipschitz is not None:
+            oracle.lipschitz_source = "power"
+            oracle.lipschitz_floor = max(oracle.lipschitz_floor, lipschitz)
     if lipschitz is None:
         lipschitz = probed_lipschitz(oracle, point, value)
     return max(lipschitz, oracle.lipschitz_floor) or 1.0
+
+
+def relaxed(oracle: Oracle, lipschitz: float, factor: float) -> float:
+    """Return a smaller constant to try after progress, for operators that are flatter ahead.
+
+    A given bound, the norm of a linear operator and what recovery has taught remain.
+
+    Args:
+        oracle: The problem.
+        lipschitz: Constant in use.
+        factor: In (0, 1].
+    """
+    known = max(oracle.problem.lipschitz_bound or 0.0, oracle.lipschitz_floor)
+    return max(known, factor * lipschitz)
 
 
 def probed_lipschitz(oracle: Oracle, point: Tensor, value: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.config import check_types, one_of, positive
 from common.errors import ConfigError
 
-MLP_ACTIVATIONS = ("relu", "abs", "maxmin")
+MLP_ACTIVATIONS = ("relu", "tanh", "abs", "maxmin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class MLPConfig:
 
     Attributes:
         hidden: Hidden widths, even for ``maxmin``; none is a linear classifier.
-        activation: ``relu``, ``abs`` or ``maxmin``.
+        activation: ``relu``, ``tanh``, ``abs`` or ``maxmin``.
         bias: Whether the layers have biases (they cost nothing in the certificate).
     """
 
@@ -76,7 +76,7 @@ class LipschitzMLP(nn.Module):
 
     Args:
         sizes: Widths from input to classes, at least two; or a whole ``ClassifierConfig``.
-        activation: ``relu``, ``abs`` or ``maxmin`` (sorts neighbouring pairs).
+        activation: ``relu``, ``tanh``, ``abs`` or ``maxmin`` (sorts neighbouring pairs).
         bias: Whether the layers have biases.
 
     Raises:
@@ -131,6 +131,8 @@ class LipschitzMLP(nn.Module):
         """Apply the activation to pre-activations (B, F)."""
         if self.activation == "relu":
             return torch.relu(z_BF)
+        if self.activation == "tanh":
+            return z_BF.tanh()
         if self.activation == "abs":
             return z_BF.abs()
         pairs = z_BF.unflatten(-1, (-1, 2))

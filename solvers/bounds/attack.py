@@ -26,7 +26,7 @@ from solvers.bounds.attack_settings import AttackResult, AttackSettings, Clock
 from solvers.bounds.attack_starts import mixed_starts, random_starts, stacked_starts
 from solvers.bounds.attack_tokens import swap_attack
 
-_BLOCK_SHARE = 0.3
+_BLOCK_SHARE = 0.2
 """Share of the time that the attacks on single blocks may take."""
 
 _ON_THE_BALL = 1e3
@@ -152,14 +152,14 @@ def _network_attacks(
     starts = functools.partial(random_starts, model.config.width)
     kinds = {
         "random": dataclasses.replace(search, steps=0).run(target, starts, clock),
-        "power": _power(target, model, search, clock.part(0.1)),
+        "power": _power(target, model, search, clock.part(0.05)),
         "swaps": swap_attack(
             target,
             model.embedding.weight,
             count=settings.restarts,
             tokens=min(SHORTEST, tokens),
             seed=settings.seed,
-            clock=clock.part(0.1),
+            clock=clock.part(0.05),
         ),
         "structured": search.run(
             target, functools.partial(stacked_starts, layers), clock.part(0.4)

@@ -30,6 +30,7 @@ SHORTEST = 8
 
 _LARGEST_BATCH = 32
 _KEPT = 4
+_FIRST_SHARE = 0.5
 _REFINE_RATE = 0.1
 
 
@@ -81,7 +82,9 @@ class Search:
             if index:
                 x_BTC, direction_BTC = lengthened(values[-1].best(-(-count // _KEPT)), generator)
                 x_BTC, direction_BTC = x_BTC[:, -tokens:], direction_BTC[:, -tokens:]
-            part, recipe = clock.part(1 / (len(lengths) + 1 - index)), CLOSER if index else GLOBAL
+            # Where to go is decided at the first length, which gets half of the time.
+            part = clock.part(1 / (len(lengths) + 1 - index) if index else _FIRST_SHARE)
+            recipe = CLOSER if index else GLOBAL
             values.append(
                 self._ascend(target, x_BTC, direction_BTC, recipe, self.rate, self.steps, part)
             )

@@ -52,7 +52,7 @@ def chain_form(weights: Sequence[Tensor], activation: str) -> ChainForm:
     Args:
         weights: Float64 matrices (out, in) that fit together, first to last, at most
             ``LONGEST_CHAIN``.
-        activation: ``relu``, ``abs`` or ``maxmin``; biases cancel in differences.
+        activation: ``relu``, ``tanh``, ``abs`` or ``maxmin``; biases cancel in differences.
 
     Returns:
         Float64 matrices; a wide first matrix is replaced by a square root of at least its Gram
@@ -82,7 +82,7 @@ def chain_form(weights: Sequence[Tensor], activation: str) -> ChainForm:
         else:
             rows.append(z_FD)
             row_sizes.append(z_size_FD)
-            half = 0.5 if activation == "relu" else 0.0
+            half = 0.5 if activation in ("relu", "tanh") else 0.0  # slopes from 0
             h_FD = half * z_FD + (1 - half) * w_PD
             size_FD = half * z_size_FD + (1 - half) * w_PD
     last = weights[-1] if lengths else first_FI

@@ -48,7 +48,7 @@ def tighten_chain(
 
     Args:
         weights: Float64 matrices, first to last, none of them zero.
-        activation: ``relu``, ``abs`` or ``maxmin``.
+        activation: ``relu``, ``tanh``, ``abs`` or ``maxmin``.
         tol: Wanted duality gap relative to the bound, > 0.
         max_evals: Limit of Newton steps; 0 takes the start, which proves the product of norms.
 

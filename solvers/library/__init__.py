@@ -6,7 +6,7 @@ from solvers.library import fixed_points as _fixed_points
 from solvers.library import games as _games
 from solvers.library import group_dro as _group_dro
 from solvers.library import least_squares as _least_squares
-from solvers.library import linear_programme as _linear_programme
+from solvers.library import linear_program as _linear_program
 from solvers.library import quadratic as _quadratic
 from solvers.library import shared_multipliers as _shared_multipliers
 from solvers.library.known import PROBLEMS as PROBLEMS
@@ -14,4 +14,4 @@ from solvers.library.known import KnownProblem as KnownProblem
 from solvers.library.known import standard_problem as standard_problem
 
 del _bilinear, _elastic_net, _fixed_points, _games, _group_dro
-del _least_squares, _linear_programme, _quadratic, _shared_multipliers
+del _least_squares, _linear_program, _quadratic, _shared_multipliers

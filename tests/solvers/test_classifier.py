@@ -21,7 +21,7 @@ from solvers.bounds.chain_search import tighten_chain
 from solvers.bounds.classifier import segments
 from solvers.bounds.mlp_block import tighten_mlp
 
-ACTIVATIONS = ("relu", "abs", "maxmin")
+ACTIVATIONS = ("relu", "tanh", "abs", "maxmin")
 SEARCH = TightenSettings(tol=1e-4)
 ATTACK = AttackSettings(steps=12, network_steps=6, restarts=3)
 # Rounding of the comparison with an enumeration in float64.
@@ -45,7 +45,7 @@ def patterns(activation: str, width: int) -> list[Tensor]:
         swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
         blocks = itertools.product((torch.eye(2, dtype=torch.float64), swap), repeat=width // 2)
         return [torch.block_diag(*chosen) for chosen in blocks]
-    slopes = (0.0, 1.0) if activation == "relu" else (-1.0, 1.0)
+    slopes = (0.0, 1.0) if activation in ("relu", "tanh") else (-1.0, 1.0)
     rows = itertools.product(slopes, repeat=width)
     return [torch.diag(torch.tensor(row, dtype=torch.float64)) for row in rows]
 

@@ -13,7 +13,7 @@ from solvers.library import PROBLEMS
 
 # What keeps one cell below a second; problems that are not listed have 8 unknowns.
 SIZES = {"matching_pennies": 4, "rock_paper_scissors": 6, "quadratic": 6, "low_rank_game": 16}
-SIZES |= {"shared_multipliers": 4, "linear_programme": 9, "bilinear_sum": 6}
+SIZES |= {"shared_multipliers": 4, "linear_program": 9, "bilinear_sum": 6}
 OPTIONS = {
     "shared_multipliers": {"components": 3, "width": 3},
     "group_dro": {"components": 40, "groups": 3},
@@ -22,7 +22,7 @@ OPTIONS = {
     "bilinear_sum": {"components": 12},
 }
 # Relative tolerance: loose where the plain O(1/k) methods would take too long otherwise.
-RTOL = {"linear_programme": 0.05, "quadratic": 0.05, "shared_multipliers": 0.1, "matrix_game": 0.05}
+RTOL = {"linear_program": 0.05, "quadratic": 0.05, "shared_multipliers": 0.1, "matrix_game": 0.05}
 RTOL |= {"policeman_burglar": 0.05}
 DEFAULT_RTOL = 0.01
 MAX_ITERATIONS = 20_000

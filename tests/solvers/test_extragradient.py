@@ -119,3 +119,31 @@ def test_refuses_impossible_settings(method, options):
     """Steps beyond what the convergence proofs cover."""
     with pytest.raises(ConfigError):
         make_solver(method, **options)
+
+
+@pytest.mark.parametrize("method", ["feg", "eag"])
+def test_estimated_constant_follows_a_flatter_operator(method):
+    """Oracle: the same run without relaxation; (z - 1)^3 flattens towards its zero."""
+    g = torch.Generator().manual_seed(0)
+    skew = torch.randn(6, 6, generator=g, dtype=torch.float64)
+    skew = 0.1 * (skew - skew.T)
+    problem = Inclusion(
+        operator=lambda z: (z - 1) ** 3 + skew @ (z - 1),
+        start=torch.full((6,), 5.0, dtype=torch.float64),
+    )
+    plain, relaxed = (
+        solve(problem, method, atol=1e-2, relax_lipschitz=factor) for factor in (1.0, 0.7)
+    )
+    assert relaxed.converged
+    assert relaxed.lipschitz < plain.lipschitz / 4
+    assert relaxed.full_evals < plain.full_evals / 2
+
+
+@pytest.mark.parametrize("fields", [{"lipschitz_bound": 5.65}, {"linear": True}])
+def test_known_constant_is_never_relaxed(fields):
+    """Oracle: the trace; a bound, and the norm of a linear operator, are the least constants."""
+    known = standard_problem("saddle", size=6).problem
+    problem = Inclusion(operator=known.operator, start=known.start, **fields)
+    result = solve(problem, "feg", atol=1e-4)
+    assert result.restarts > 3
+    assert min(point.lipschitz for point in result.trace) >= known.lipschitz_bound * (1 - 1e-2)

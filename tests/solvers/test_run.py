@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from common.errors import ConfigError
+from common.errors import ConfigError, ShapeError
 from solvers import SOLVERS, FiniteSumInclusion, Inclusion, Status, iterate, make_solver, solve
 from solvers.lipschitz import first_lipschitz
 from solvers.resolvents import Simplex
@@ -201,6 +201,21 @@ def test_two_starts_are_refused():
     problem = quadratic()
     with pytest.raises(ConfigError, match="warm_start"):
         solve(problem, "eag", start=problem.start, warm_start=solve(problem, "eag", atol=1e-2))
+
+
+@pytest.mark.parametrize(
+    ("start", "error"),
+    [
+        (torch.full((8,), math.nan, dtype=torch.float64), ConfigError),
+        (torch.zeros(8, dtype=torch.long), ShapeError),
+        (torch.zeros(7, dtype=torch.float64), ShapeError),
+        ((torch.zeros(8, dtype=torch.float64),), ShapeError),
+    ],
+)
+def test_start_given_to_solve_is_checked_like_the_problems_own(start, error):
+    """NaN, integers, another shape, another structure."""
+    with pytest.raises(error, match="start"):
+        solve(quadratic(), "eag", start=start)
 
 
 def test_relative_tolerance_counts_the_force_on_the_tangent_space():

@@ -138,6 +138,7 @@ class LocalCertificate:
             TypeError,
             KeyError,
             AttributeError,
+            OverflowError,
             RecursionError,
             SafetensorError,
         ) as error:

@@ -6,6 +6,7 @@ Untrusted: every number that is stored comes from the functions the checker uses
 # Legend: T token, N neurons or MaxMin pairs, M cells (tokens), C width, F MLP width.
 
 import dataclasses
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from common.certificate import Certificate, config_sha256, tensors_sha256
 from common.config import check_types, one_of, positive
-from common.errors import ConfigError, DataError
+from common.errors import CertificateError, ConfigError, DataError
 from common.models import LipschitzTransformer, ModelConfig
 from solvers.bounds.admissible import MULTIPLIER_RANGE, check_weights
 from solvers.bounds.head_proof import domain_radius
@@ -94,7 +95,13 @@ def certify_local(
     ball = domain_radius(tensors["embedding.weight"]) if certificate is None else certificate.radius
     multipliers = {} if certificate is None else dict(certificate.multipliers)
     near = Neighbourhood(config, tensors, multipliers, ids_T, ball)
-    least_T, most_T = _brackets(near)
+    tiny = near.level(_LINEAR, centred=True)
+    if not math.isfinite(tiny.certified[-1]):
+        raise CertificateError(
+            "the certified constant overflows, expected a finite one: no radius can be proved; "
+            "train under a constraint"
+        )
+    least_T, most_T = _brackets(near, tiny)
     if settings.cells:
         middle = settings.radius or float((least_T * most_T).sqrt().median())
         starts = _starts(config, tensors, multipliers)
@@ -151,9 +158,8 @@ def _starts(
     return found
 
 
-def _brackets(near: Neighbourhood) -> tuple[Tensor, Tensor]:
+def _brackets(near: Neighbourhood, tiny: Level) -> tuple[Tensor, Tensor]:
     """Return per token a radius that the certificate gives and one that the gradient allows."""
-    tiny = near.level(_LINEAR, centred=True)
     least, most = [], []
     for t in range(len(near.top_T)):
         position, rough = near.position(tiny, t), near.global_lipschitz(tiny, t)

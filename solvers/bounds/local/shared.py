@@ -20,7 +20,7 @@ from solvers.iterate import solve
 SHARED_METHODS = (*METHODS, "vr_halpern")
 """Solvers of the shared multipliers; the last samples tokens."""
 
-_WORTH = 0.98  # of the certified constant: above it a local bound is not worth its time
+_WORTH = 0.9  # of the certified constant: above it a K-form per token is not worth its time
 _SMOOTHING = 0.02  # mu of the sampled solver, relative to the first value
 
 

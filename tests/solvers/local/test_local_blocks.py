@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.models import LipschitzTransformer
 from common.models.config import ACTIVATIONS
-from solvers.bounds.local.attention import attention_spread
+from solvers.bounds.local.attention import attention_rows, attention_spread
 from solvers.bounds.local.attention_centre import (
     AttentionCentre,
     attention_centre,
@@ -202,3 +202,47 @@ def test_blocks_that_do_nothing_are_left_out(build_model: BuildModel) -> None:
     model = build_model(attn_residual=0.0, mlp_residual=0.0)
     for index in range(4):
         assert around(model.config, model.state_dict(), index, _tokens(model)) is None
+
+
+def test_what_attention_rows_miss_is_the_sum_of_the_paths(build_model: BuildModel) -> None:
+    """Oracle: the formula written with loops over heads, queries and keys."""
+    model = build_model(kv_heads=2, content_heads=2, position_bias=True, attn_residual=0.7)
+    layer, x_TC = model.config.layer(0), _tokens(model)
+    block = attention_map(model.layers[0].attention.state_dict(), layer, model.config)
+    centre = attention_centre(block, x_TC)
+    spread = attention_spread(block, centre, torch.full((COUNT,), 0.2).double())
+    rows_MIC, size_KT = torch.randn(2, 2, 16).double(), torch.rand(1, COUNT).double()
+    _, missing_KM = attention_rows(block, centre, spread, rows_MIC, size_KT)
+    for m in range(2):
+        total = 0.0
+        for i, row_C in zip((COUNT - 2, COUNT - 1), rows_MIC[m], strict=True):
+            for h in range(4):
+                gain = float(block.v_norm_H[h] * (spread.moved_HIT[h, i] @ size_KT[0]))
+                if h < 2:
+                    gain += float(spread.query_HI[h, i] * size_KT[0, i])
+                    gain += float(spread.key_HIT[h, i] @ size_KT[0])
+                total += gain * float((row_C @ block.o_HCD[h]).norm())
+        expected = layer.attn_residual * layer.attn_factor * total
+        assert expected <= float(missing_KM[0, m]) <= expected * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_attention_rows_are_the_gradient(build_model: BuildModel, name: str) -> None:
+    """Oracle: automatic differentiation of the model's own block."""
+    model = build_model(**HEADS[name])
+    x_TC = _tokens(model)
+    block = attention_map(
+        model.layers[0].attention.state_dict(), model.config.layer(0), model.config
+    )
+    centre = attention_centre(block, x_TC)
+    spread = attention_spread(block, centre, torch.zeros(COUNT).double())
+    rows_MIC = torch.randn(2, 3, 16).double()
+    back_MTC, missing_KM = attention_rows(
+        block, centre, spread, rows_MIC, torch.ones(1, COUNT).double()
+    )
+    for m in range(2):
+        y_TC = x_TC.clone().requires_grad_()
+        value = (model.layers[0].attend_block(y_TC[None])[0, -3:] * rows_MIC[m]).sum()
+        (gradient_TC,) = torch.autograd.grad(value, y_TC)
+        torch.testing.assert_close(back_MTC[m], gradient_TC, rtol=0, atol=1e-11)
+    assert float(missing_KM.max()) < 1e-6

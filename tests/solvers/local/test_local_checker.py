@@ -177,7 +177,7 @@ def test_multipliers_that_prove_nothing_are_refused(
 ) -> None:
     """Oracle: the admissible range; the hashes are forged with them."""
     multipliers = {key: tensor.clone() for key, tensor in record.multipliers.items()}
-    multipliers[name][0] = value
+    multipliers.setdefault(name, torch.ones(32, dtype=torch.float64))[0] = value
     forged = dataclasses.replace(
         record, multipliers=multipliers, multipliers_sha256=tensors_sha256(multipliers)
     )
@@ -222,7 +222,8 @@ def test_wrong_types_in_the_file_are_named(record: LocalCertificate, tmp_path: P
     """Oracle: the declared types."""
     record.save(tmp_path)
     content = json.loads((tmp_path / JSON_FILE).read_text())
-    for name, value in (("radii", "much"), ("tokens", [1.5]), ("epsilon", None), ("blocks", [{}])):
+    wrong = {"radii": "much", "tokens": [1.5], "epsilon": None, "blocks": [{}], "levels": [10**400]}
+    for name, value in wrong.items():
         (tmp_path / JSON_FILE).write_text(json.dumps(content | {name: value}))
         with pytest.raises(CertificateError, match=JSON_FILE):
             LocalCertificate.load(tmp_path)
@@ -230,6 +231,13 @@ def test_wrong_types_in_the_file_are_named(record: LocalCertificate, tmp_path: P
         LocalCertificate.load(tmp_path / "nowhere")
     with pytest.raises(CertificateError, match="run directory"):
         find_records(tmp_path / "nowhere")
+
+
+def test_a_hopeless_model_is_refused(build_model: BuildModel) -> None:
+    """Oracle: the product of finite block constants overflows."""
+    model = build_model(norm=1e50, content_heads=0, position_bias=True, activation="relu")
+    with pytest.raises(CertificateError, match="overflows"):
+        certify_local(model, TOKENS, settings=QUICK)
 
 
 def test_impossible_requests_are_refused(

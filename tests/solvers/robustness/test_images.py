@@ -40,7 +40,7 @@ def test_linear_two_class_curves_meet() -> None:
     assert found.accuracy == pytest.approx(1 - 9 / 60)
 
 
-@pytest.mark.parametrize("activation", ["relu", "abs", "maxmin"])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "abs", "maxmin"])
 @pytest.mark.parametrize("box", [True, False])
 def test_attacks_never_beat_the_certificate(activation: str, box: bool) -> None:
     """Oracle: the check inside raises; here: order and monotonicity of every curve."""

@@ -1,4 +1,4 @@
-"""Linear programmes in saddle form, with a planted optimum.
+"""Linear programs in saddle form, with a planted optimum.
 
 Source: spec halpern_solvers 2.8, 7.1.
 """
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from solvers.library.known import KnownProblem, normal, problem, uniform
-from solvers.linear_program import linear_program
+from solvers.linear_program import linear_program as to_saddle
 from solvers.saddle import Point
 
 
-@problem("linear_programme", size=60, smallest=6)
-def linear_programme(size: int, generator: torch.Generator) -> KnownProblem:
-    """A random linear programme with a planted, strictly complementary optimum.
+@problem("linear_program", size=60, smallest=6)
+def linear_program(size: int, generator: torch.Generator) -> KnownProblem:
+    """A random linear program with a planted, strictly complementary optimum.
 
     ``min c^T x`` with ``A x = b`` and ``x >= 0``; two thirds of the unknowns are x, the rest the
     multipliers y of the equations.
@@ -27,7 +27,7 @@ def linear_programme(size: int, generator: torch.Generator) -> KnownProblem:
     slack = torch.where(basis, 0.0, 0.5 + uniform(generator, columns))
     y = normal(generator, rows)
     b, c = a @ x, slack - a.T @ y
-    saddle = linear_program(c, equal=(a, b))
+    saddle = to_saddle(c, equal=(a, b))
     return KnownProblem(
         problem=saddle,
         sampled=saddle.finite_sum(),
