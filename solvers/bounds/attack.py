@@ -25,6 +25,8 @@ from solvers.bounds.attack_search import SHORTEST, Search
 from solvers.bounds.attack_settings import AttackResult, AttackSettings, Clock
 from solvers.bounds.attack_starts import mixed_starts, random_starts, stacked_starts
 from solvers.bounds.attack_tokens import swap_attack
+from solvers.bounds.ellipsoid import Ellipsoid
+from solvers.bounds.stream_proof import token_domains
 
 _BLOCK_SHARE = 0.2
 """Share of the time that the attacks on single blocks may take."""
@@ -42,7 +44,7 @@ def attack(
 
     Args:
         model: Not modified; copied to float64.
-        certificate: Gives the radius of each block's ball; the embedding's radius when absent.
+        certificate: Gives the tokens of each block; all lie in the embedding's ball when absent.
         settings: Budget.
 
     Returns:
@@ -51,13 +53,13 @@ def attack(
     settings = settings or AttackSettings()
     model, clock = _copy(model), Clock(settings.budget_s)
     radius = model.domain_radius() if certificate is None else certificate.radius
-    radii = [radius] * (2 * len(model.layers))
+    domains = [Ellipsoid.ball(model.config.width, radius)] * (2 * len(model.layers))
     if certificate is not None:
-        radii = [block.radius_in for block in certificate.blocks]
+        domains = token_domains(model.config, model.state_dict(), certificate)
     block_clock = clock.part(_BLOCK_SHARE)
     blocks = tuple(
-        _block_attack(model, index, radii[index], settings, block_clock.part(1 / (left + 1)))
-        for index, left in enumerate(reversed(range(len(radii))))
+        _block_attack(model, index, domains[index], settings, block_clock.part(1 / (left + 1)))
+        for index, left in enumerate(reversed(range(len(domains))))
     )
     kinds = _network_attacks(model, radius, settings, clock)
     return AttackResult(value=max(kinds.values()), blocks=blocks, **kinds)
@@ -66,16 +68,16 @@ def attack(
 def block_attack(
     model: LipschitzTransformer,
     index: int,
-    radius: float,
+    domain: float | Ellipsoid,
     *,
     settings: AttackSettings | None = None,
 ) -> float:
-    """Attack one residual block on the ball of ``radius``.
+    """Attack one residual block on a domain of tokens.
 
     Args:
         model: Not modified; copied to float64.
         index: Block, as in a certificate.
-        radius: l2 bound on every token.
+        domain: Holds every token; a number is the l2 radius of a ball.
         settings: Budget.
 
     Returns:
@@ -83,7 +85,9 @@ def block_attack(
     """
     settings = settings or AttackSettings()
     clock = Clock(settings.budget_s)
-    return _block_attack(_copy(model), index, radius, settings, clock)
+    if not isinstance(domain, Ellipsoid):
+        domain = Ellipsoid.ball(model.config.width, domain)
+    return _block_attack(_copy(model), index, domain, settings, clock)
 
 
 def with_attack(certificate: Certificate, result: AttackResult) -> Certificate:
@@ -120,7 +124,7 @@ def _layers(model: LipschitzTransformer) -> list[Layer]:
 def _block_attack(
     model: LipschitzTransformer,
     index: int,
-    radius: float,
+    domain: Ellipsoid,
     settings: AttackSettings,
     clock: Clock,
 ) -> float:
@@ -128,7 +132,8 @@ def _block_attack(
     tokens = 1 if index % 2 else min(settings.tokens, model.config.context)
     search = _search(settings, settings.steps, tokens, lengthen=False)
     run = layer.mlp_block if index % 2 else layer.attend_block
-    target = Target(run, radius, functools.partial(_soften, [layer]))
+    soften = functools.partial(_soften, [layer])
+    target = Target(run, domain.radius, soften, domain.gauge)
     starts = functools.partial(mixed_starts, [] if index % 2 else [layer], model.config.width)
     return search.run(target, starts, clock)
 

@@ -32,12 +32,14 @@ class Target(NamedTuple):
     """A map of sequences on a ball of tokens.
 
     ``run`` takes (B, T, C) to (B, T, O); only the last token of the output is attacked, because an
-    earlier one is the last of a shorter sequence. ``soften`` scales the attention logits.
+    earlier one is the last of a shorter sequence. ``soften`` scales the attention logits. ``gauge``
+    says by which factor each token (B, T) of a sequence lies outside a smaller domain.
     """
 
     run: Callable[[Tensor], Tensor]
     radius: float
     soften: Callable[[float], None]
+    gauge: Callable[[Tensor], Tensor] | None = None
 
 
 class Found(NamedTuple):
@@ -150,7 +152,12 @@ def _in_turn(sizes: tuple[float, ...], x_BTC: Tensor) -> Tensor:
 
 def _probe(target: Target, x_BTC: Tensor, change_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ratios at ``x +- change``, ``J^T y``, and the gradient in x."""
-    pair = (target.radius * torch.cat((x_BTC + change_BTC, x_BTC - change_BTC))).requires_grad_()
+    pair = target.radius * torch.cat((x_BTC + change_BTC, x_BTC - change_BTC))
+    if target.gauge is not None:
+        # Both ends shrink alike, so that the pair stays one of the same direction.
+        outside_B = target.gauge(pair).amax(-1).view(2, -1).amax(0).clamp(min=1.0)
+        pair = pair / (outside_B * (1 + ROUNDING)).repeat(2)[:, None, None]
+    pair.requires_grad_()
     with torch.enable_grad():
         output_BO = target.run(pair)[:, -1]
         count = len(x_BTC)

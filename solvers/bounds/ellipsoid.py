@@ -63,6 +63,13 @@ class Ellipsoid(NamedTuple):
         """Bound on the l2 norm of every point."""
         return math.ldexp(self.norm, self.exponent) if self.exponent < 900 else math.inf
 
+    def gauge(self, points: Tensor) -> Tensor:
+        """Return by which factor (...,) of the ellipsoid each point (..., C) is held (estimate)."""
+        units = torch.linalg.solve_triangular(
+            self.factor_CC, points.flatten(0, -2).mT * 2.0**-self.exponent, upper=False
+        )
+        return units.norm(dim=0).view(points.shape[:-1])
+
     def times(self, factor: float) -> "Ellipsoid":
         """Return the ball that holds all images under maps of l2 constant ``factor`` >= 0."""
         norm, shift = math.frexp(round_up(self.norm * factor))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from common.certificate import KINDS
+from common.certificate import KINDS, Certificate
 from common.errors import CertificateError
 from common.models import ModelConfig
 from solvers.bounds.admissible import check_multipliers
@@ -82,6 +82,18 @@ def advance(
     else:
         changes = stream.changes.times(bound.tightened)
     return bound, Stream(bound.tokens, changes)
+
+
+def token_domains(
+    config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
+) -> list[Ellipsoid]:
+    """Return the ellipsoids that hold the tokens entering each block."""
+    tokens, domains = Tokens.ball(config.width, certificate.radius), []
+    for index in range(2 * config.layers):
+        domains.append(tokens.domain)
+        own = certificate.block_multipliers(index)
+        tokens = prove_block(config, tensors, index, tokens, own).tokens
+    return domains
 
 
 def logit_factors(config: ModelConfig, head_VC: Tensor, changes: Ellipsoid) -> list[float]:

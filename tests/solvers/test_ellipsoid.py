@@ -52,7 +52,9 @@ def test_a_shape_that_is_not_definite_becomes_a_ball() -> None:
     shape = torch.diag(torch.tensor([4.0, 1.0, -5.0], dtype=torch.float64))
     found = Ellipsoid.covering(Enclosure.exact(shape))
     assert found.radius == pytest.approx(2.0, rel=1e-6)
-    assert torch.equal(found.factor_CC, found.factor_CC.diagonal()[0] * torch.eye(3))
+    assert torch.equal(
+        found.factor_CC, found.factor_CC.diagonal()[0] * torch.eye(3, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("radius", [0.0, 1e-30, 0.5, 3.0, 1e40])
