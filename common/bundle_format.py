@@ -170,6 +170,11 @@ def fill_model(path: Path, model: nn.Module, state: Mapping[str, Tensor]) -> Non
                 f"{path / WEIGHTS}: tensor {name} is {found or 'missing'}, {CONFIG} expects "
                 f"{expected.get(name) or 'none'}; restore both files of one model"
             )
+        if not state[name].is_floating_point():
+            raise BundleError(
+                f"{path / WEIGHTS}: tensor {name} is of type {state[name].dtype}, expected a "
+                "floating type; restore the file"
+            )
     half = (torch.bfloat16, torch.float16)
     exact = {name: t.float() if t.dtype in half else t for name, t in state.items()}
     model.load_state_dict(exact, assign=True)
@@ -196,7 +201,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 def parse_json(path: Path, name: str, contents: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the JSON object in ``contents[name]``; ``BundleError`` naming the file otherwise."""
     try:
-        value = json.loads(contents[name])
+        value = files.from_json(contents[name])
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / name}: not JSON ({error}); restore the file") from None
     if not isinstance(value, dict):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.config import one_of
 from common.errors import CertificateError
-from common.files import to_json, write_bytes
+from common.files import from_json, to_json, write_bytes
 from common.norms import SLACK, TINY, round_up
 
 FORMAT_VERSION = 2
@@ -281,7 +281,7 @@ def read_proof(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     path = directory / JSON_FILE
     try:
-        content = json.loads(path.read_text())
+        content = from_json(path.read_text())
         path = directory / TENSOR_FILE
         tensors = safetensors.torch.load(path.read_bytes())
     except FileNotFoundError as error:

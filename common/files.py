@@ -40,6 +40,23 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
+def from_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; a key that an object gives twice is a ``ValueError``.
+
+    Readers disagree about which of two values counts, so a file must not show one and use another.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return content
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON to ``path`` atomically: an old file stays until the new is whole.
 

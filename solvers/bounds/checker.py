@@ -8,7 +8,6 @@ Source: spec bound_tightening 4.6, 7, 8.
 
 # Shape letters: C width, V vocabulary.
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from common.certificate import (
 )
 from common.classifier_certificate import ClassifierCertificate, load_certificate
 from common.errors import CertificateError, LipError
+from common.files import from_json
 from common.models import ClassifierConfig, LipschitzMLP, LipschitzTransformer, ModelConfig
 from solvers.bounds.claims import VerifyReport, at_least, check_identity
 from solvers.bounds.classifier_checker import check_classifier
@@ -112,7 +112,14 @@ def verify(target: str | Path | Bundle | nn.Module, certificate: Any = None) -> 
         return check(_config(target), target.state_dict(), certificate)
     path = target.path if isinstance(target, Bundle) else resolve_bundle(target)
     # Tensor hashes come before the manifest: they say which tensor was changed.
-    report = check(*_read_model(path), load_certificate(path))
+    try:
+        report = check(*_read_model(path), load_certificate(path))
+    except LipError:
+        raise
+    except (KeyError, ValueError, RuntimeError) as error:
+        # A tensor that does not fit the configuration: the loader says which.
+        load_bundle(path)
+        raise CertificateError(f"{path}: {error}; certify again") from error
     load_bundle(path)
     return report
 
@@ -125,7 +132,7 @@ def _config(model: nn.Module) -> ModelConfig | ClassifierConfig:
 
 def _read_model(path: Path) -> tuple[ModelConfig | ClassifierConfig, dict[str, Tensor]]:
     try:
-        content = json.loads((path / "config.json").read_text())
+        content = from_json((path / "config.json").read_text())
         tensors = safetensors.torch.load((path / "model.safetensors").read_bytes())
         if content["kind"] == "classifier":
             return ClassifierConfig(**content["classifier"]), tensors

@@ -24,8 +24,10 @@ from solvers.problem import Inclusion
 # Shape letters: D dimension of a term, R rows of a factor, N multipliers.
 
 METHODS = ("halpern", "halpern_reflected", "halpern_restarted", "halpern_anderson", "lbfgs")
-MU_STAGES = (16.0, 4.0, 1.0)
+MU_STAGES = (64.0, 16.0, 4.0, 1.0)
+WARM_STAGES = (4.0, 1.0)  # from a start that is nearly optimal
 _RANGE = 20.0  # largest change of a log multiplier
+_UNIT_FLOOR = 0.3  # of the mean curvature, kept in the units of the multipliers
 _DROP = 1e-9  # softmax weights below this are left out
 _AIM = 0.98  # of the gap, where primal values are estimates
 HALVED_DIM = 64  # of terms decomposed at half their size
@@ -68,8 +70,8 @@ class KForm:
         self.best = math.inf
         self.best_theta = torch.zeros(num_multipliers, dtype=torch.float64)
         self.dual = -math.inf
+        self._coupled = [term.is_coupled for term in terms]
         self._engines = [choose_engine(term) for term in terms]
-        self._is_coupled = len(terms) == 1 and terms[0].is_coupled
         self._seen: tuple[Tensor, float, list[Spectrum]] | None = None
 
     @property
@@ -126,25 +128,36 @@ class KForm:
 
         Updates the primal and the dual bound on the way.
         """
-        p_N, q_N, constant, divisor = torch.zeros_like(theta_N), torch.zeros_like(theta_N), 0.0, 1.0
-        for term, (values, vectors) in zip(self.terms, self.spectra(theta_N, mu), strict=True):
+        total_2N, balanced_2N = (
+            theta_N.new_zeros(2, len(theta_N)),
+            theta_N.new_zeros(2, len(theta_N)),
+        )
+        constants = torch.zeros(2, dtype=torch.float64)
+        spectra = self.spectra(theta_N, mu)
+        for term, is_coupled, (values, vectors) in zip(
+            self.terms, self._coupled, spectra, strict=True
+        ):
             weights = torch.softmax(values / mu, 0)
             keep = weights > _DROP
-            weights, vectors = weights[keep] / weights[keep].sum(), vectors[:, keep]
-            vectors_KD = vectors.mT.contiguous()
+            weights = weights[keep] / weights[keep].sum()
+            vectors_KD = vectors[:, keep].mT.contiguous()
+            part_2N = torch.zeros_like(total_2N)
             for rows_RD, group_R, sign, offset in term.factors:
                 seen_KR = vectors_KD[:, offset : offset + rows_RD.shape[1]] @ rows_RD.mT
-                (p_N if sign > 0 else q_N).index_add_(
-                    0, group_R, term.weight * (weights @ seen_KR.square())
-                )
+                part_2N[int(sign < 0)].index_add_(0, group_R, weights @ seen_KR.square())
+            constant, scale_x, scale_y = 0.0, 1.0, 1.0
+            if is_coupled:
+                scale_x, scale_y = _balance(term, vectors_KD, weights)
             if term.constant_DD is not None:
                 product_KD = vectors_KD * (vectors_KD @ term.constant_DD)
-                constant += term.weight * float(weights @ product_KD.sum(1))
-            if self._is_coupled:
-                divisor = _balance(term, vectors, weights)
-        dual = constant + 2 * float((p_N * q_N).sqrt().sum())
-        self.dual = max(self.dual, dual / divisor if dual > 0 else dual)
-        return p_N, q_N
+                constant = float(weights @ product_KD.sum(1))
+            total_2N += term.weight * part_2N
+            balanced_2N += term.weight * part_2N * part_2N.new_tensor([[scale_x], [scale_y]])
+            constants[0] += term.weight * constant
+            constants[1] += term.weight * constant * math.sqrt(scale_x * scale_y)
+        for constant, (p_N, q_N) in zip(constants, (total_2N, balanced_2N), strict=True):
+            self.dual = max(self.dual, float(constant + 2 * (p_N * q_N).sqrt().sum()))
+        return total_2N[0], total_2N[1]
 
     def _record(self, theta_N: Tensor, primal: float) -> None:
         if primal < self.best:
@@ -155,19 +168,31 @@ class KForm:
         p_N, q_N = self.moments(theta_N, mu)
         return theta_N.exp() * p_N - (-theta_N).exp() * q_N
 
-    def problem(self, theta_N: Tensor, mu: float, centre_N: Tensor) -> Inclusion:
-        """Return the inclusion ``0 = gradient(theta)``, started at ``theta``."""
+    def unit(self, theta_N: Tensor, mu: float) -> Tensor:
+        """Return a unit (N,) of every log multiplier, in which the curvatures are alike."""
         p_N, q_N = self.moments(theta_N, mu)
-        curvature = float((theta_N.exp() * p_N + (-theta_N).exp() * q_N).max())
+        curvature_N = theta_N.exp() * p_N + (-theta_N).exp() * q_N
+        floor = _UNIT_FLOOR * float(curvature_N.mean())
+        return (curvature_N + floor).rsqrt() if floor > 0 else torch.ones_like(theta_N)
+
+    def problem(self, start_N: Tensor, mu: float, centre_N: Tensor, unit_N: Tensor) -> Inclusion:
+        """Return the inclusion ``0 = gradient(theta)`` in the variable ``theta / unit``."""
+        theta_N = start_N * unit_N
+        p_N, q_N = self.moments(theta_N, mu)
+        curvature_N = (theta_N.exp() * p_N + (-theta_N).exp() * q_N) * unit_N.square()
 
         def operator(point_N: Tensor) -> Tensor:
             # Outside the box the methods are told "not finite", which shortens their step.
-            if not bool(((point_N - centre_N).abs() <= _RANGE).all()):
+            theta_N = point_N * unit_N
+            if not bool(((theta_N - centre_N).abs() <= _RANGE).all()):
                 return torch.full_like(point_N, torch.nan)
-            return self.gradient(point_N, mu)
+            return self.gradient(theta_N, mu) * unit_N
 
         return Inclusion(
-            operator=operator, start=theta_N, lipschitz_est=4 * curvature or 1.0, cocoercive=True
+            operator=operator,
+            start=start_N,
+            lipschitz_est=4 * float(curvature_N.max()) or 1.0,
+            cocoercive=True,
         )
 
 
@@ -205,14 +230,14 @@ def minimise(
     def done(*_: Any) -> bool:
         return form.best - form.dual <= form.slack * gap or form.evals >= max_evals
 
+    unit_N = form.unit(theta0_N, mu_stages[0] * mu)
     stages = [
-        lambda start_N, scale=scale: form.problem(start_N, scale * mu, theta0_N)
+        lambda start_N, scale=scale: form.problem(start_N, scale * mu, theta0_N, unit_N)
         for scale in mu_stages
     ]
-    form.moments(theta0_N, mu_stages[0] * mu)
     start_N = theta0_N
     while not done():
-        continuation(stages, make_solver(method), start_N, callback=done)
+        continuation(stages, make_solver(method), start_N / unit_N, callback=done)
         form.settle()
         if form.best - form.dual <= gap or done() or not form.refine():
             break
@@ -236,9 +261,8 @@ def choose_engine(term: Term) -> Engine:
     return Dense(term)
 
 
-def _balance(term: Term, vectors: Tensor, weights: Tensor) -> float:
-    """Return ``2 sqrt(tr Z_xx tr Z_yy)``: rescaling the two blocks of Z to trace one is free."""
-    trace_x, trace_y = (
-        float(part.square().sum(0) @ weights) for part in vectors.tensor_split([term.split])
-    )
-    return 2 * math.sqrt(max(trace_x * trace_y, 1e-300))
+def _balance(term: Term, vectors_KD: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Return factors that give both blocks of ``Z`` the trace 1/2: a free rescaling."""
+    traces = weights @ vectors_KD.square()
+    trace_x, trace_y = (float(part.sum()) for part in traces.tensor_split([term.split]))
+    return 0.5 / max(trace_x, 1e-300), 0.5 / max(trace_y, 1e-300)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.config import positive
 from common.errors import ConfigError, ShapeError
-from solvers.bounds.kform import Factor, KForm, Term, minimise
+from solvers.bounds.kform import MU_STAGES, WARM_STAGES, Factor, KForm, Term, minimise
 from solvers.bounds.spectrum import random_block, top_ritz
 
 # Shape letters: O output and I input width of the block, N neurons (multipliers).
@@ -94,7 +94,8 @@ def tighten_mlp(
     start = "init" if theta0 is None else "warm"
     first = norm_b.log() - norm_g.log() if theta0 is None else _warm_start(theta0, live)
     gap = tol * size_b * size_g
-    solved = minimise(form, first, gap=gap, max_evals=max_evals, method=method)
+    stages = MU_STAGES if theta0 is None else WARM_STAGES
+    solved = minimise(form, first, gap=gap, max_evals=max_evals, method=method, mu_stages=stages)
     best, primal = solved.theta, solved.primal
     name = start if torch.equal(best, first) else method
     if primal - solved.dual > gap:

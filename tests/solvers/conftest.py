@@ -1,16 +1,27 @@
 """Small models with prescribed norms for the tests of bounds and attacks."""
 
+import hashlib
 import json
 import math
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from torch import Tensor
 
-from common.models import LipschitzTransformer, ModelConfig
+from common.bundle import save_bundle
+from common.bundle_format import fingerprint
+from common.certificate import tensors_sha256
+from common.classifier_certificate import load_certificate
+from common.errors import LipError
+from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
+from common.tokenizer import ByteTokenizer
+from solvers.bounds import TightenSettings, certify, verify
 
 BuildModel = Callable[..., LipschitzTransformer]
 
@@ -97,3 +108,117 @@ def flip_bit() -> Callable[[Path, str], None]:
         path.write_bytes(data)
 
     return flip
+
+
+FORGIVEN = 1 - 1e-8  # certificates may differ by their own margins, no more
+BRIEF = TightenSettings(max_evals=3)
+TINY = {"vocab_size": 256, "width": 4, "layers": 1, "heads": 2, "mlp_width": 6, "context": 4}
+TOTALS = ("radius", "naive", "tightened", "log10_naive", "log10_tightened", "head_norm")
+TOTALS += ("pair_norm", "naive_l2", "tightened_l2", "pair_l2")
+OF_BLOCKS = ("naive", "tightened", "radius_in", "radius_out", "naive_radius_in")
+
+
+class Forgery:
+    """A copy of an honest bundle that a test spoils and makes consistent again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.honest = _claims(load_certificate(path))
+
+    def read(self, name: str = "certificate.json") -> Any:
+        """Return the content of a JSON file."""
+        return json.loads((self.path / name).read_text())
+
+    def write(self, content: Any, name: str = "certificate.json") -> None:
+        """Replace a JSON file, NaN and infinity in Python's spelling."""
+        (self.path / name).write_text(json.dumps(content))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a file."""
+        return dict(safetensors.torch.load((self.path / name).read_bytes()))
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Replace the tensors of a file."""
+        whole = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+        (self.path / name).write_bytes(safetensors.torch.save(whole))
+
+    def seal(self, *, proof: bool = True) -> None:
+        """Make every hash of the directory again, with ``proof`` those of the certificate too."""
+        if proof:
+            content = self.read()
+            names = {"weights": "model.safetensors", "multipliers": "certificate.safetensors"}
+            for key, name in names.items():
+                content[f"{key}_sha256"] = tensors_sha256(self.tensors(name))
+            config = self.read("config.json")
+            text = json.dumps(config[config["kind"]], sort_keys=True)
+            content["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+            self.write(content)
+        manifest = self.read("manifest.json")
+        files = {name: (self.path / name).read_bytes() for name in manifest["files"]}
+        manifest["files"] = {n: hashlib.sha256(data).hexdigest() for n, data in files.items()}
+        manifest["fingerprint"] = fingerprint(manifest["files"])
+        self.write(manifest, "manifest.json")
+
+    def accepted(self) -> Any:
+        """Return the certificate if the checker accepts it; a refusal must be one line."""
+        lines = 1
+        try:
+            verify(self.path)
+        except LipError as error:
+            lines = len(str(error).splitlines())
+        else:
+            return load_certificate(self.path)
+        assert lines == 1
+        return None
+
+    def assert_no_weaker(self, what: object) -> None:
+        """Fail if the checker accepts a claim below the honest one."""
+        certificate = self.accepted()
+        if certificate is None:
+            return
+        found = _claims(certificate)
+        for name, value in self.honest.items():
+            lowest = value - (1 - FORGIVEN) * abs(value)
+            assert found.get(name, -math.inf) >= lowest, f"{what}: accepted {name}={found[name]}"
+
+
+def _claims(certificate: Any) -> dict[str, float]:
+    claims = {n: getattr(certificate, n) for n in TOTALS if hasattr(certificate, n)}
+    claims = {name: value for name, value in claims.items() if not callable(value)}
+    for block in certificate.blocks:
+        for name in OF_BLOCKS:
+            if hasattr(block, name):
+                claims[f"{block.index}.{name}"] = getattr(block, name)
+    return claims
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory, build_model: BuildModel) -> dict[str, Path]:
+    """Return certified bundles, made once: a transformer of each sort and a classifier."""
+    root, paths = tmp_path_factory.mktemp("honest"), {}
+    sorts: dict[str, dict[str, Any]] = {
+        "gelu": {},
+        "maxmin": {"activation": "maxmin", "mlp_bias": True, "position_bias": True},
+        "deep": {"layers": 2},
+    }
+    for name, fields in sorts.items():
+        model = build_model(norm=1.2, **TINY | fields).float()
+        proof = certify(model, settings=BRIEF)
+        paths[name] = save_bundle(root / name, model, ByteTokenizer(), certificate=proof).path
+    torch.manual_seed(0)
+    classifier = LipschitzMLP((6, 8, 4, 3), "maxmin")
+    proof = certify(classifier, settings=BRIEF)
+    paths["classifier"] = save_bundle(root / "classifier", classifier, certificate=proof).path
+    return paths
+
+
+@pytest.fixture
+def forge(tmp_path: Path, honest: dict[str, Path]) -> Callable[[str], Forgery]:
+    """Return a function that copies one of the honest bundles."""
+
+    def copy(name: str) -> Forgery:
+        path = tmp_path / f"forged_{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(honest[name], path)
+        return Forgery(path)
+
+    return copy
