@@ -25,7 +25,7 @@ from solvers.problem import Inclusion
 
 METHODS = ("halpern", "halpern_reflected", "halpern_restarted", "halpern_anderson", "lbfgs")
 MU_STAGES = (64.0, 16.0, 4.0, 1.0)
-WARM_STAGES = (4.0, 1.0)  # from a start that is nearly optimal
+WARM_STAGES = (16.0, 4.0, 1.0)  # from a start that is nearly optimal
 _RANGE = 20.0  # largest change of a log multiplier
 _UNIT_FLOOR = 0.3  # of the mean curvature, kept in the units of the multipliers
 _DROP = 1e-9  # softmax weights below this are left out
