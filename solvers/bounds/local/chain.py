@@ -140,8 +140,9 @@ class Neighbourhood:
         chosen = torch.arange(len(rows_VC)) if chosen_M is None else chosen_M
         if len(chosen):
             best_KM = self._back(level, t, rows_VC[chosen], moved_KV[:, chosen])
-            lost_KM = lost_V[chosen] * end_K[:, None]
-            moved_KV[:, chosen] = torch.minimum(best_KM + lost_KM, moved_KV[:, chosen])
+            found_KM = best_KM + lost_V[chosen] * end_K[:, None]
+            better_M = _total(level, found_KM) < _total(level, moved_KV[:, chosen])
+            moved_KV[:, chosen] = torch.where(better_M, found_KM, moved_KV[:, chosen])
         moved_KV[:, top], gap_V[top], error_V[top] = 0.0, torch.inf, 0.0
         return Position(moved_KV, gap_V - error_V)
 
