@@ -77,7 +77,7 @@ def test_verify_accepts_and_reports(certified: Path, lipllm: Command) -> None:
         ("model.safetensors", "layers.0.attention.output.weight"),
         ("model.safetensors", "head.weight"),
         ("certificate.safetensors", "blocks.1.lambda"),
-        ("certificate.safetensors", "blocks.2.tau"),
+        ("certificate.safetensors", "blocks.2.value"),
     ],
 )
 def test_one_flipped_bit_is_named(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ def shrunk(certificate: Certificate, factor: float) -> Certificate:
     blocks = tuple(
         dataclasses.replace(b, tightened=b.tightened * factor) for b in certificate.blocks
     )
-    stream = certificate.stream * factor ** len(blocks)
+    stream = math.prod((certificate.stream, *[factor] * len(blocks)))
     return dataclasses.replace(certificate, blocks=blocks, stream=stream)
 
 
