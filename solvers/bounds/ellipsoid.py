@@ -36,7 +36,9 @@ class Ellipsoid(NamedTuple):
         The Cholesky factor of ``S + shift I`` is taken, with a shift above the enclosure's error
         and the factorisation's backward error; the ball of ``sqrt(top)`` is the last resort.
         """
-        mid_CC, size, error = shape_CC.mid, shape_CC.mid.shape[0], float(shape_CC.error)
+        # Cholesky reads one triangle: an unsymmetric midpoint would have another error there.
+        mid_CC, error = (shape_CC.mid + shape_CC.mid.mT) / 2, float(shape_CC.error)
+        size = mid_CC.shape[0]
         trace = float(mid_CC.trace()) + size * error
         rounding = 2.02 * gamma(size + 2) / (1 - gamma(size + 2)) * max(trace, 0.0)
         shifted_CC = mid_CC.clone()
