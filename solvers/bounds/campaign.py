@@ -54,9 +54,9 @@ class CampaignSettings:
     draws: int = 4
     pairs: int = 25
     restarts: int = 25
-    steps: int = 12
+    steps: int = 8
     tokens: int = 8
-    max_evals: int = 12
+    max_evals: int = 4
 
     def __post_init__(self) -> None:
         check_types(self)
