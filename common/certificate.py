@@ -11,21 +11,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config import one_of
 from common.errors import CertificateError
-from common.files import from_json, to_json, write_bytes
 from common.norms import SLACK, TINY, round_up
+from common.proof_file import FORMAT_VERSION, JSON_FILE, ProofFile, read_proof
 
-FORMAT_VERSION = 2
-JSON_FILE = "certificate.json"
-TENSOR_FILE = "certificate.safetensors"
 KINDS = ("attention", "mlp")
 BOUNDS = ("tightened", "naive", "reference")
 
@@ -76,7 +71,7 @@ class BlockProof:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Certificate:
+class Certificate(ProofFile):
     """Bounds of a whole network in units of RMS per token: embedding in, logits out.
 
     Attributes:
@@ -105,6 +100,9 @@ class Certificate:
         settings: Settings of the run that made the certificate.
         versions: Versions of the libraries that made it.
     """
+
+    totals: ClassVar[tuple[str, ...]] = (*BOUNDS, "stream")
+    block: ClassVar[type] = BlockProof
 
     format_version: int = FORMAT_VERSION
     width: int
@@ -178,26 +176,6 @@ class Certificate:
         one_of("which", which, BOUNDS)
         return float(getattr(block, which))
 
-    def save(self, directory: str | Path) -> None:
-        """Write ``certificate.json`` and ``certificate.safetensors`` into an existing folder.
-
-        Raises:
-            OSError: if the folder cannot be written.
-        """
-        directory = Path(directory)
-        tensors = {name: tensor.contiguous() for name, tensor in self.multipliers.items()}
-        write_bytes(directory / TENSOR_FILE, safetensors.torch.save(tensors))
-        write_bytes(directory / JSON_FILE, to_json(self.to_dict()).encode())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields but the multipliers as JSON types; an infinite total is null."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["multipliers"]
-        fields["blocks"] = [dataclasses.asdict(block) for block in self.blocks]
-        for name in BOUNDS:
-            fields[name] = fields[name] if math.isfinite(fields[name]) else None
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in fields.items()}
-
     @classmethod
     def load(cls, directory: str | Path) -> "Certificate":
         """Read a certificate; nothing is proved here, see ``solvers.bounds.verify``.
@@ -206,22 +184,7 @@ class Certificate:
             CertificateError: if a file is missing or damaged, or of a foreign version.
         """
         directory = Path(directory)
-        content, tensors = read_proof(directory)
-        try:
-            version = content["format_version"]
-            if version != FORMAT_VERSION:
-                raise CertificateError(
-                    f"{directory / JSON_FILE}: format version {version}, expected "
-                    f"{FORMAT_VERSION}; certify again"
-                )
-            for name in BOUNDS:
-                content[name] = math.inf if content[name] is None else content[name]
-            blocks = tuple(BlockProof(**block) for block in content.pop("blocks"))
-            return cls(**content, blocks=blocks, multipliers=tensors)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise CertificateError(
-                f"{directory / JSON_FILE}: {error}: not a certificate; certify again"
-            ) from error
+        return cls.from_content(*read_proof(directory), directory / JSON_FILE)
 
 
 def product_up(factors: Sequence[float]) -> float:
@@ -272,36 +235,3 @@ def config_sha256(config: Any) -> str:
     """Return the hash of a model configuration (anything with ``to_dict``), in hex."""
     text = json.dumps(config.to_dict(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_proof(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the content of the two files of a certificate; ``CertificateError`` naming a bad one.
-
-    Bundles of both kinds of models keep their proofs in these files.
-    """
-    path = directory / JSON_FILE
-    try:
-        content = from_json(path.read_text())
-        path = directory / TENSOR_FILE
-        tensors = safetensors.torch.load(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CertificateError(f"{path}: no such file; run: lipllm certify bundle=...") from error
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise CertificateError(f"{path}: damaged ({error}); certify again") from error
-    if not isinstance(content, dict):
-        raise CertificateError(f"{directory / JSON_FILE}: not a certificate; certify again")
-    _check_mappings(directory / JSON_FILE, content)
-    return content, tensors
-
-
-def _check_mappings(path: Path, content: Mapping[str, Any]) -> None:
-    """Check the fields that every reader takes for mappings, in both kinds of certificates."""
-    fields = [(name, content.get(name, {})) for name in ("weights_sha256", "multipliers_sha256")]
-    blocks = content.get("blocks")
-    for block in blocks if isinstance(blocks, list) else []:
-        # What else is wrong with a block is found when it is built.
-        components = block.get("components", {}) if isinstance(block, dict) else {}
-        fields.append(("components", components))
-    for name, value in fields:
-        if not isinstance(value, dict):
-            raise CertificateError(f"{path}: {name}={value!r}: expected a mapping; certify again")

@@ -8,20 +8,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import safetensors.torch
 from torch import Tensor
 
-from common.certificate import (
-    FORMAT_VERSION,
-    JSON_FILE,
-    TENSOR_FILE,
-    Certificate,
-    read_proof,
-)
-from common.errors import CertificateError
-from common.files import to_json, write_bytes
+from common.certificate import Certificate
+from common.proof_file import FORMAT_VERSION, JSON_FILE, ProofFile, read_proof
 
 MODEL = "classifier"
 _TOTALS = ("naive_l2", "tightened_l2", "pair_l2", "naive", "tightened", "reference")
@@ -66,7 +58,7 @@ class ChainProof:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassifierCertificate:
+class ClassifierCertificate(ProofFile):
     """Bounds of an image MLP, input pixels to logits.
 
     Attributes:
@@ -95,6 +87,9 @@ class ClassifierCertificate:
         settings: Settings of the run that made the certificate.
         versions: Versions of the libraries that made it.
     """
+
+    totals: ClassVar[tuple[str, ...]] = _TOTALS
+    block: ClassVar[type] = ChainProof
 
     format_version: int = FORMAT_VERSION
     model: str = MODEL
@@ -136,27 +131,6 @@ class ClassifierCertificate:
             return math.inf if margin > 0 else 0.0
         return margin / self.pair_l2 * (1 - 1e-12)
 
-    def save(self, directory: str | Path) -> None:
-        """Write ``certificate.json`` and ``certificate.safetensors`` into an existing folder.
-
-        Raises:
-            OSError: if the folder cannot be written.
-        """
-        directory = Path(directory)
-        tensors = {name: tensor.contiguous() for name, tensor in self.multipliers.items()}
-        write_bytes(directory / TENSOR_FILE, safetensors.torch.save(tensors))
-        write_bytes(directory / JSON_FILE, to_json(self.to_dict()).encode())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields but the multipliers as JSON types; an infinite total is null."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["multipliers"]
-        fields["blocks"] = [dataclasses.asdict(block) for block in self.blocks]
-        fields["norms"] = list(self.norms)
-        for name in _TOTALS:
-            fields[name] = fields[name] if math.isfinite(fields[name]) else None
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in fields.items()}
-
 
 AnyCertificate = Certificate | ClassifierCertificate
 
@@ -169,20 +143,5 @@ def load_certificate(directory: str | Path) -> AnyCertificate:
     """
     directory = Path(directory)
     content, tensors = read_proof(directory)
-    if content.get("model") != MODEL:
-        return Certificate.load(directory)
-    try:
-        if content["format_version"] != FORMAT_VERSION:
-            raise CertificateError(
-                f"{directory / JSON_FILE}: format version {content['format_version']}, expected "
-                f"{FORMAT_VERSION}; certify again"
-            )
-        for name in _TOTALS:
-            content[name] = math.inf if content[name] is None else content[name]
-        blocks = tuple(ChainProof(**block) for block in content.pop("blocks"))
-        norms = tuple(content.pop("norms"))
-        return ClassifierCertificate(**content, blocks=blocks, norms=norms, multipliers=tensors)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise CertificateError(
-            f"{directory / JSON_FILE}: {error}: not a certificate; certify again"
-        ) from error
+    kind = ClassifierCertificate if content.get("model") == MODEL else Certificate
+    return kind.from_content(content, tensors, directory / JSON_FILE)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from common.certificate import Certificate
-from common.errors import CertificateError
 from common.models import LipschitzTransformer
 from common.models.layers import Layer
 from solvers.bounds.attack_ascent import Recipe, Target, ascend, clip
@@ -88,29 +87,6 @@ def block_attack(
     if not isinstance(domain, Ellipsoid):
         domain = Ellipsoid.ball(model.config.width, domain)
     return _block_attack(_copy(model), index, domain, settings, clock)
-
-
-def with_attack(certificate: Certificate, result: AttackResult) -> Certificate:
-    """Return the certificate with the attacks' values stored in it.
-
-    Raises:
-        CertificateError: if an attack exceeds a bound, which would refute the proof.
-    """
-    blocks = []
-    for block, value in zip(certificate.blocks, result.blocks, strict=True):
-        if value > block.tightened:
-            raise CertificateError(
-                f"block {block.index}: attack {value!r} exceeds the bound {block.tightened!r}; "
-                "the proof is wrong, please report it"
-            )
-        components = {**block.components, "attack": value}
-        blocks.append(dataclasses.replace(block, components=components))
-    if result.value > certificate.tightened:
-        raise CertificateError(
-            f"attack {result.value!r} exceeds the bound {certificate.tightened!r}; the proof is "
-            "wrong, please report it"
-        )
-    return dataclasses.replace(certificate, blocks=tuple(blocks), attack=result.value)
 
 
 def _copy(model: LipschitzTransformer) -> LipschitzTransformer:

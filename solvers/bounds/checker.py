@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from common.bundle import Bundle, load_bundle, resolve_bundle
 from common.certificate import (
-    FORMAT_VERSION,
     KINDS,
     BlockProof,
     Certificate,
@@ -31,6 +30,7 @@ from common.classifier_certificate import ClassifierCertificate, load_certificat
 from common.errors import CertificateError, LipError
 from common.files import from_json
 from common.models import ClassifierConfig, LipschitzMLP, LipschitzTransformer, ModelConfig
+from common.proof_file import FORMAT_VERSION
 from solvers.bounds.claims import VerifyReport, at_least, check_identity
 from solvers.bounds.classifier_checker import check_classifier
 from solvers.bounds.ellipsoid import Ellipsoid

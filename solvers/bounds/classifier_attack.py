@@ -7,14 +7,12 @@ Float64, seeded, CPU.
 # Shape letters: B starts, I input features, O logits.
 
 import copy
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from common.classifier_certificate import ClassifierCertificate
-from common.errors import CertificateError
 from common.models import LipschitzMLP
 from solvers.bounds.attack_ascent import ROUNDING
 from solvers.bounds.attack_settings import AttackResult, AttackSettings
@@ -61,29 +59,6 @@ def attack_classifier(
         gradient=gradient,
         structured=structured,
     )
-
-
-def with_classifier_attack(
-    certificate: ClassifierCertificate, result: AttackResult
-) -> ClassifierCertificate:
-    """Return the certificate with the attacks' values stored in it.
-
-    Raises:
-        CertificateError: if an attack exceeds a bound, which would refute the proof.
-    """
-    pairs = list(zip(certificate.blocks, result.blocks, strict=True))
-    refuted = [f"chain {b.index}" for b, value in pairs if value > b.tightened]
-    if result.value > certificate.tightened:
-        refuted.append(f"tightened={certificate.tightened!r}")
-    if refuted:
-        raise CertificateError(
-            f"{refuted[0]}: an attack exceeds the bound; the proof is wrong, please report it"
-        )
-    blocks = tuple(
-        dataclasses.replace(block, components={**block.components, "attack": value})
-        for block, value in pairs
-    )
-    return dataclasses.replace(certificate, blocks=blocks, attack=result.value)
 
 
 def _part(model: LipschitzMLP, first: int, stop: int) -> Callable[[Tensor], Tensor]:

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from common.certificate import FORMAT_VERSION, log10_up, product_up
+from common.certificate import log10_up, product_up
 from common.classifier_certificate import MODEL, ChainProof, ClassifierCertificate
 from common.errors import CertificateError
 from common.models import ClassifierConfig
 from common.norms import EIGEN_MARGIN, exact64, gamma, round_up, spectral_norm_bound
+from common.proof_file import FORMAT_VERSION
 from solvers.bounds.chain_proof import (
     CHAIN_RANGE,
     LONGEST_CHAIN,

@@ -1,17 +1,20 @@
 """``certify``, ``attack`` and ``with_attack`` for every kind of model."""
 
-from typing import Any, overload
+import dataclasses
+from typing import Any, TypeVar, overload
 
 from common.certificate import Certificate
 from common.classifier_certificate import AnyCertificate, ClassifierCertificate
+from common.errors import CertificateError
 from common.models import LipschitzMLP, LipschitzTransformer
 from solvers.bounds.attack import attack as attack_transformer
-from solvers.bounds.attack import with_attack as with_transformer_attack
 from solvers.bounds.attack_settings import AttackResult, AttackSettings
 from solvers.bounds.classifier import certify_classifier
-from solvers.bounds.classifier_attack import attack_classifier, with_classifier_attack
+from solvers.bounds.classifier_attack import attack_classifier
 from solvers.bounds.network import TightenSettings
 from solvers.bounds.network import certify as certify_transformer
+
+_Proof = TypeVar("_Proof", Certificate, ClassifierCertificate)
 
 
 @overload
@@ -54,12 +57,23 @@ def attack(
     return attack_transformer(model, certificate, settings=settings)
 
 
-def with_attack(certificate: Any, result: AttackResult) -> Any:
+def with_attack(certificate: _Proof, result: AttackResult) -> _Proof:
     """Return the certificate of either kind with the attacks' values stored in it.
 
     Raises:
         CertificateError: if an attack exceeds a bound, which would refute the proof.
     """
-    if isinstance(certificate, ClassifierCertificate):
-        return with_classifier_attack(certificate, result)
-    return with_transformer_attack(certificate, result)
+    pairs = list(zip(certificate.blocks, result.blocks, strict=True))
+    claims = [(f"block {block.index}", value, block.tightened) for block, value in pairs]
+    claims.append(("network", result.value, certificate.tightened))
+    for name, value, bound in claims:
+        if value > bound:
+            raise CertificateError(
+                f"{name}: attack {value!r} exceeds the bound {bound!r}; the proof is wrong, please "
+                "report it"
+            )
+    blocks = tuple(
+        dataclasses.replace(block, components={**block.components, "attack": value})
+        for block, value in pairs
+    )
+    return dataclasses.replace(certificate, blocks=blocks, attack=result.value)

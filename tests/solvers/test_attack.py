@@ -12,12 +12,12 @@ from torch import Tensor
 from common.errors import CertificateError, ConfigError
 from common.models import LipschitzTransformer
 from solvers.bounds import attack, block_attack, certify
-from solvers.bounds.attack import with_attack
 from solvers.bounds.attack_ascent import NEAR, Found, Recipe, Target, ascend
 from solvers.bounds.attack_search import lengths_to
 from solvers.bounds.attack_settings import AttackResult, AttackSettings, Clock
 from solvers.bounds.attack_starts import lengthened, structured_starts
 from solvers.bounds.attack_tokens import swap_attack
+from solvers.bounds.models import with_attack
 
 SLOW_MACHINE = 20.0  # seconds a loaded machine may take for the starts alone
 SETTINGS = AttackSettings(steps=40, network_steps=20, tokens=8)

@@ -12,6 +12,7 @@ SIZE = 5
 
 
 def exact_product(left: Tensor, right: Tensor) -> list[list[Fraction]]:
+    """Multiply in rational numbers."""
     rows = [[Fraction(x) for x in row] for row in left.tolist()]
     columns = [[Fraction(x) for x in row] for row in right.T.tolist()]
     return [[sum(a * b for a, b in zip(r, c, strict=True)) for c in columns] for r in rows]

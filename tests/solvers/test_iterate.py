@@ -18,7 +18,7 @@ def quadratic(scale=1.0, centre=1.0, dtype=torch.float64):
 
 
 def test_budgets_end_the_run_with_their_status():
-    """Oracle: counting by hand; a step of plain Halpern costs one call, the test at the start too."""
+    """Oracle: counting by hand; a step of plain Halpern costs one call, so does the start."""
     result = solve(quadratic(), "halpern", atol=0.0, max_iterations=7)
     assert (result.status, result.iterations, result.oracle_calls) == (Status.MAX_ITERATIONS, 7, 9)
     result = solve(quadratic(), "halpern", atol=0.0, max_iterations=7, check=False)

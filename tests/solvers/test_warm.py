@@ -22,7 +22,7 @@ def test_survivors_keep_their_multipliers() -> None:
     assert found[0]["query"].tolist() == [2.0]
     assert found[1]["lambda"].tolist() == [1.0, 3.0, 6.0]
     assert found[3]["lambda"].dtype == torch.float64
-    with pytest.raises(ShapeError, match="blocks.3.lambda has 2 entries"):
+    with pytest.raises(ShapeError, match=r"blocks\.3\.lambda has 2 entries"):
         warm_multipliers(old, {3: torch.tensor([2])})
 
 
