@@ -134,7 +134,9 @@ class Neighbourhood:
         gap_V = rows_VC @ x_C + (bias_V[top] - bias_V)
         error_V = gamma(len(x_C) + 16) / UNIT * float(x_C.norm()) * lost_V
         error_V = error_V + 4 * UNIT * (bias_V.abs() + bias_V[top].abs() + gap_V.abs())
-        end_K = level.sizes[-1][:, t]
+        end_K = level.sizes[-1][:, t].clone()
+        # Rounding upward must not make the local bound worse than the certified one.
+        end_K[0].clamp_(max=level.certified[-1])
         norm_V = rows_VC.norm(dim=1) * (1 + gamma(len(x_C) + 8)) + lost_V
         moved_KV = norm_V * end_K[:, None]
         chosen = torch.arange(len(rows_VC)) if chosen_M is None else chosen_M
@@ -170,7 +172,8 @@ class Neighbourhood:
 
     def _global(self, level: Level, t: int) -> Position:
         rough = self.position(level, t, self.top_T[:0])
-        scale = level.certified[-1] / float(level.sizes[-1][0, t].clamp(min=1e-300))
+        local = min(float(level.sizes[-1][0, t]), level.certified[-1])
+        scale = level.certified[-1] / max(local, 1e-300)
         moved_KV = torch.stack((rough.moved_KV[0] * scale, rough.moved_KV[1]))
         return Position(moved_KV, rough.gap_V)
 
