@@ -53,20 +53,7 @@ def bilinear_sum(
         )
     )
     rows_R, columns_C = matrix_RC.square().sum(1), matrix_RC.square().sum(0)
-
-    def components(z: Tensor, index_MB: Tensor, weight_MB: Tensor) -> Tensor:
-        x, y = z.split((num_columns, num_rows))
-        row, column = index_MB.unbind(-1)
-        by_row, by_column = weight_MB.unbind(-1)
-        primal = (by_row * num_rows * y[row]) @ matrix_RC[row]
-        dual = matrix_RC[:, column] @ (by_column * num_columns * x[column])
-        mass = torch.cat((by_row.sum().expand(num_columns), by_column.sum().expand(num_rows)))
-        return torch.cat((primal, -dual)) + mass * shift
-
-    def mean(z: Tensor) -> Tensor:
-        x, y = z.split((num_columns, num_rows))
-        return torch.cat((y @ matrix_RC, -(matrix_RC @ x))) + shift
-
+    components, mean = _operators(matrix_RC, shift)
     is_uniform = sampling == "uniform"
     largest = max(num_rows * float(rows_R.max()), num_columns * float(columns_C.max()))
     square = largest if is_uniform else float(rows_R.sum())
@@ -84,3 +71,25 @@ def bilinear_sum(
         ),
         mean=mean,
     )
+
+
+def _operators(
+    matrix_RC: Tensor, shift: Tensor
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return the weighted components, from one row and one column each, and their mean."""
+    num_rows, num_columns = matrix_RC.shape
+
+    def components(z: Tensor, index_MB: Tensor, weight_MB: Tensor) -> Tensor:
+        x, y = z.split((num_columns, num_rows))
+        row, column = index_MB.unbind(-1)
+        by_row, by_column = weight_MB.unbind(-1)
+        primal = (by_row * num_rows * y[row]) @ matrix_RC[row]
+        dual = matrix_RC[:, column] @ (by_column * num_columns * x[column])
+        mass = torch.cat((by_row.sum().expand(num_columns), by_column.sum().expand(num_rows)))
+        return torch.cat((primal, -dual)) + mass * shift
+
+    def mean(z: Tensor) -> Tensor:
+        x, y = z.split((num_columns, num_rows))
+        return torch.cat((y @ matrix_RC, -(matrix_RC @ x))) + shift
+
+    return components, mean
