@@ -48,21 +48,23 @@ class CampaignSettings:
         steps: Ascent steps of each.
         tokens: Longest sequence, at most 8.
         max_evals: Operator evaluations of the certifier per search.
+        stream_steps: Steps of its joint search.
     """
 
     configurations: int = 100
-    draws: int = 4
-    pairs: int = 25
-    restarts: int = 25
+    draws: int = 2
+    pairs: int = 50
+    restarts: int = 50
     steps: int = 8
     tokens: int = 8
     max_evals: int = 4
+    stream_steps: int = 6
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("configurations", "draws", "pairs", "restarts", "tokens"):
             positive(f"campaign.{name}", getattr(self, name))
-        for name in ("steps", "max_evals"):
+        for name in ("steps", "max_evals", "stream_steps"):
             positive(f"campaign.{name}", getattr(self, name), zero=True)
 
 
@@ -95,7 +97,7 @@ class Case:
             "biases": index % 5 > 2,
             "grouped": index // 6 % 2 == 1,
             "residual": ("paper", "half", "none")[(index // 24 + index) % 3],
-            "spectrum": SPECTRA[self.draw % len(SPECTRA)],
+            "spectrum": SPECTRA[(index + self.draw) % len(SPECTRA)],
         }
 
     def model(self) -> LipschitzTransformer:
@@ -130,7 +132,10 @@ class Case:
             CertificateError: if the checker refuses an honest certificate.
         """
         began, model = time.perf_counter(), self.model()
-        proof = certify(model, settings=TightenSettings(max_evals=settings.max_evals))
+        tightening = TightenSettings(
+            max_evals=settings.max_evals, stream_steps=settings.stream_steps
+        )
+        proof = certify(model, settings=tightening)
         verify(model, proof)
         search = AttackSettings(
             steps=settings.steps,

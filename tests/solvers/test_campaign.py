@@ -23,7 +23,9 @@ from solvers.bounds.campaign import (
 )
 
 Command = Callable[..., Any]
-SLICE = CampaignSettings(configurations=84, draws=1, pairs=20, restarts=4, steps=4, max_evals=4)
+SLICE = CampaignSettings(
+    configurations=84, draws=1, pairs=20, restarts=4, steps=4, max_evals=4, stream_steps=2
+)
 TINY = (
     "campaign.configurations=2",
     "campaign.draws=1",
@@ -31,6 +33,7 @@ TINY = (
     "campaign.restarts=2",
     "campaign.steps=1",
     "campaign.max_evals=2",
+    "campaign.stream_steps=1",
 )
 
 
