@@ -1,8 +1,8 @@
 """A budget for the whole certificate: the head gets what the blocks leave of it.
 
-The constant of a network is the product of its blocks and its head. Training under a budget proves
-the blocks again and again and gives the head the rest as its cap, so that slack which a tightened
-bound finds becomes logits. The finished model obeys the budget exactly.
+The constant of a network is at most that of its blocks together times that of its head. Training
+under a budget proves the blocks again and again and gives the head the rest as its cap, so that
+slack which a tightened bound finds becomes logits. The finished model obeys the budget exactly.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class KeepBudget(EachStep):
         """Prove the blocks and change the cap; every rank proves the same."""
         model = pl_module.whole()
         certificate = certify(model, self.budget.tighten)
-        if not all(block.tightened for block in certificate.blocks):
+        if not certificate.stream:
             return  # Nothing passes such a block: every head is within the budget.
         cap = head_cap(certificate, model, self.budget)
         for optimizer in trainer.optimizers:
@@ -83,10 +83,9 @@ class KeepBudget(EachStep):
 def head_cap(certificate: Certificate, model: LipschitzTransformer, budget: Budget) -> float:
     """Return the RMS->RMS norm that the head may have beside the certified blocks (none is 0)."""
     config = model.config
-    blocks = sum(math.log(block.tightened) for block in certificate.blocks)
     # Surplus rows count in the norm of the head, but not among the logits.
     share = math.sqrt(config.vocab_size / config.head_rows)
-    return budget.target * (1 - MARGIN) * share / config.final_scale * math.exp(-blocks)
+    return budget.target * (1 - MARGIN) * share / config.final_scale / certificate.stream
 
 
 @torch.no_grad()

@@ -5,9 +5,12 @@ stored comes from the functions the checker uses, moved up by its agreed margin.
 """
 
 import dataclasses
+import logging
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from common.certificate import (
     product_up,
     tensors_sha256,
 )
+from common.errors import CertificateError
 from common.models import LipschitzTransformer, ModelConfig
 from solvers.bounds.admissible import check_weights
 from solvers.bounds.checker import STORED_MARGIN, chain, logit_chain, most_heads, stream_chain
@@ -30,6 +34,8 @@ from solvers.bounds.mlp_proof import BlockBound
 from solvers.bounds.network_search import BlockFound, TightenSettings, search_network
 from solvers.bounds.reference import reference_constants
 from solvers.bounds.stream_proof import Stream, advance
+
+log = logging.getLogger(__name__)
 
 __all__ = ["TightenSettings", "certify", "naive_bound", "with_totals"]
 
@@ -60,28 +66,66 @@ def certify(
     config, tensors = model.config, _state(model)
     check_weights(tensors)
     radius = model.domain_radius()
-    references, ends = reference_constants(config, tensors)
-    found: Sequence[BlockFound | None] = [None] * (2 * config.layers)
+    chains = _prove_blocks(config, tensors, radius, [None] * (2 * config.layers))
     if tighten:
-        found = search_network(config, tensors, radius, settings, _with_bar, warm or {})
+        try:
+            found = search_network(config, tensors, radius, settings, _with_bar, warm or {})
+            chains = _prove_blocks(config, tensors, radius, found, settings.method)
+        except (CertificateError, RuntimeError) as error:  # torch's LinAlgError is one
+            log.warning("no multipliers can be proved (%s); norms alone are stored", error)
+    return _assemble(config, tensors, radius, chains, {"tighten": tighten, **asdict(settings)})
+
+
+def naive_bound(model: LipschitzTransformer) -> float:
+    """Return the network bound from operator norms alone, embedding RMS to logits RMS."""
+    return certify(model, tighten=False).naive
+
+
+class _Chains(NamedTuple):
+    """Proofs of all blocks, the multipliers behind them, and where changes end up."""
+
+    blocks: tuple[BlockProof, ...]
+    multipliers: dict[str, Tensor]
+    changes: Ellipsoid
+
+
+def _prove_blocks(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    radius: float,
+    found: Sequence[BlockFound | None],
+    method: str = "",
+) -> _Chains:
     stream = Stream.start(config.width, radius)
     blocks: list[BlockProof] = []
     multipliers: dict[str, Tensor] = {}
+    references, _ = reference_constants(config, tensors)
     for index, block_found in enumerate(found):
         own = block_found.at(stream) if block_found else {}
         bound, after = advance(config, tensors, index, stream, own)
         block = _proof(index, bound, blocks, radius, references[index])
         if block_found:
-            block = _with_account(block, block_found, settings.method)
+            block = _with_account(block, block_found, method)
         blocks.append(block)
         multipliers |= {block.key + name: tensor for name, tensor in own.items()}
         stream = after.at(block.radius_out, block.naive_radius_out)
+    return _Chains(tuple(blocks), multipliers, stream.changes)
+
+
+def _assemble(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    radius: float,
+    chains: _Chains,
+    settings: Mapping[str, Any],
+) -> Certificate:
+    references, ends = reference_constants(config, tensors)
     head, pair = head_norms(config, tensors["head.weight"])
     certificate = Certificate(
         width=config.width,
         vocab_size=config.vocab_size,
         radius=radius,
-        blocks=tuple(blocks),
+        blocks=chains.blocks,
         head_norm=_stored(head),
         pair_norm=_stored(pair),
         reference=product_up([*references, ends]),
@@ -93,17 +137,12 @@ def certify(
         log10_tightened=0.0,
         weights_sha256=tensors_sha256(tensors),
         config_sha256=config_sha256(config),
-        multipliers_sha256=tensors_sha256(multipliers),
-        multipliers=multipliers,
-        settings={"tighten": tighten, **dataclasses.asdict(settings)},
+        multipliers_sha256=tensors_sha256(chains.multipliers),
+        multipliers=chains.multipliers,
+        settings=settings,
         versions={"torch": torch.__version__, "python": platform.python_version()},
     )
-    return with_totals(certificate, config, tensors["head.weight"], stream.changes)
-
-
-def naive_bound(model: LipschitzTransformer) -> float:
-    """Return the network bound from operator norms alone, embedding RMS to logits RMS."""
-    return certify(model, tighten=False).naive
+    return with_totals(certificate, config, tensors["head.weight"], chains.changes)
 
 
 def with_totals(

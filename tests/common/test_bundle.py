@@ -30,7 +30,7 @@ def make_certificate(model):
     config = model.config
     return Certificate(
         width=config.width, vocab_size=config.vocab_size, radius=1.0, blocks=(), head_norm=1.0,
-        pair_norm=1.0, reference=1.0, naive=3.0, tightened=2.0, log10_reference=0.0,
+        pair_norm=1.0, stream=2.0, reference=1.0, naive=3.0, tightened=2.0, log10_reference=0.0,
         log10_naive=0.5, log10_tightened=0.4, weights_sha256=tensors_sha256(model.state_dict()),
         config_sha256=config_sha256(config), multipliers={"a": torch.ones(3, dtype=torch.float64)},
     )  # fmt: skip
