@@ -109,8 +109,7 @@ def certify_local(
         if found:
             multipliers |= found
             near = Neighbourhood(config, tensors, multipliers, ids_T, ball)
-    levels = _levels(least_T, most_T, settings)
-    claims: dict[str, Any] = _claims(near, levels, settings)
+    claims: dict[str, Any] = _claims(near, _levels(least_T, most_T, settings), settings)
     return LocalCertificate(
         tokens=tuple(ids_T.tolist()),
         top=tuple(near.top_T.tolist()),
