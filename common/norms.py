@@ -27,6 +27,10 @@ EIGEN_MARGIN = 1e-9
 """Relative distance between an eigenvalue estimate and the first candidate for its bound."""
 
 
+_POWER = 1000  # 2^1000 and 2^-1000 are normal numbers
+_MOST_POWERS = 3  # more take every float64 beyond its range
+
+
 def gamma(num_roundings: int) -> float:
     """Return the standard bound ``k u / (1 - k u)`` on ``k`` accumulated roundings."""
     return num_roundings * UNIT / (1.0 - num_roundings * UNIT)
@@ -35,6 +39,18 @@ def gamma(num_roundings: int) -> float:
 def round_up(value: float) -> float:
     """Return ``value`` moved up by the relative allowance ``SLACK``."""
     return value + abs(value) * SLACK
+
+
+def times_power(x: Tensor, exponent: int) -> Tensor:
+    """Return ``2^exponent x`` for float64 x; exact but for subnormal or infinite results.
+
+    ``torch.ldexp`` overflowed like float32 in earlier versions (issue 133267 of its repository).
+    """
+    whole, rest = divmod(abs(exponent), _POWER)
+    sign = -1 if exponent < 0 else 1
+    for _ in range(min(whole, _MOST_POWERS)):
+        x = x * 2.0 ** (sign * _POWER)
+    return x * 2.0 ** (sign * rest)
 
 
 def exact64(w: Tensor) -> Tensor:
@@ -92,7 +108,7 @@ def spectral_norm_bound(w_OI: Tensor) -> float:
         return 0.0
     # A power of two scales exactly and keeps squares away from overflow and underflow.
     exponent = max(math.frexp(top)[1], -1000)
-    w64_OI = torch.ldexp(w64_OI, torch.tensor(-exponent))
+    w64_OI = times_power(w64_OI, -exponent)
     if w64_OI.shape[0] < w64_OI.shape[1]:
         w64_OI = w64_OI.T
     gram_II, error = weighted_gram(w64_OI)
@@ -134,7 +150,8 @@ def certified_top(sym_NN: Tensor, error: float = 0.0) -> tuple[float, float]:
 
     Returns:
         A number above the largest eigenvalue of every symmetric matrix within ``error``, and its
-        relative distance from the eigenvalue routine's estimate.
+        relative distance from the eigenvalue routine's estimate; infinite where the error is not
+        finite.
 
     Source:
         If Cholesky of ``rho I - sym - shift I`` completes with a shift above its backward error,
@@ -143,6 +160,8 @@ def certified_top(sym_NN: Tensor, error: float = 0.0) -> tuple[float, float]:
     size = sym_NN.shape[0]
     if not bool(torch.isfinite(sym_NN).all()):
         raise CertificateError("a matrix to be bounded overflowed; the weights are too large")
+    if not math.isfinite(error):
+        return math.inf, math.inf
     if size == 0 or not bool(sym_NN.any()):
         return error, 0.0
     diagonal_N = sym_NN.diagonal()

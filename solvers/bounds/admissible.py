@@ -16,6 +16,8 @@ MULTIPLIER_RANGE = (1e-100, 1e100)
 WEIGHT_RANGE = (1e-75, 1e75)
 """Sizes of nonzero weights for which no product in a proof underflows; holds all of float32."""
 
+_MATTERS = (".weight", "up.bias", "down.bias")  # other biases are in no bound
+
 
 def multiplier_shapes(layer: LayerConfig, index: int) -> dict[str, int]:
     """Return the names and lengths of a block's multiplier vectors.
@@ -74,7 +76,7 @@ def check_weights(tensors: Mapping[str, Tensor]) -> None:
     low, high = WEIGHT_RANGE
     for name, tensor in tensors.items():
         size = exact64(tensor).abs()
-        if name.endswith(".weight") and bool(((size > high) | ((size > 0) & (size < low))).any()):
+        if name.endswith(_MATTERS) and bool(((size > high) | ((size > 0) & (size < low))).any()):
             raise CertificateError(
                 f"weight tensor {name}: expected entries that are 0 or of size {low:g} to "
                 f"{high:g}; rescale it, or set smaller entries to 0"

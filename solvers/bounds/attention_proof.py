@@ -27,7 +27,7 @@ from common.norms import (
 )
 from solvers.bounds.ellipsoid import Ellipsoid, Tokens
 from solvers.bounds.enclosure import Enclosure
-from solvers.bounds.mlp_proof import BlockBound, part
+from solvers.bounds.mlp_proof import BlockBound, grown, part
 
 
 class Heads(NamedTuple):
@@ -287,10 +287,10 @@ def prove_attention(
     """Prove the constants of an attention block; arguments as in ``prove_block``."""
     heads, a = split_heads(tensors, layer), layer.attn_residual
     skip, factor = abs(1 - a), a * layer.attn_factor
-    naive = round_up(skip + factor * naive_attention(heads, layer, tokens.naive_radius))
+    naive = grown(naive_attention(heads, layer, tokens.naive_radius), factor, skip)
     lipschitz = naive_attention(heads, layer, tokens.radius)
-    growth = skip + factor * heads.value_path
-    radius = round_up(tokens.radius * growth)
+    growth = grown(heads.value_path, factor, skip)
+    radius = grown(tokens.radius, growth)
     domain, tau = Ellipsoid.ball(heads.o.shape[1], radius), heads.value_path
     if multipliers:
         lipschitz = min(lipschitz, attention_bound(heads, layer, tokens.domain, multipliers))
@@ -298,8 +298,8 @@ def prove_attention(
         domain, tau = attention_domain(heads, layer, tokens.domain, own), value_path(heads, own)
     return BlockBound(
         naive=naive,
-        tightened=min(naive, round_up(skip + factor * lipschitz)),
-        tokens=Tokens(domain, min(radius, domain.radius), round_up(tokens.naive_radius * growth)),
-        components={"lipschitz": lipschitz, "tau": min(tau, heads.value_path)},
+        tightened=min(naive, grown(lipschitz, factor, skip)),
+        tokens=Tokens(domain, min(radius, domain.radius), grown(tokens.naive_radius, growth)),
+        components={"lipschitz": lipschitz, "tau": min(heads.value_path, tau)},
         margin=EIGEN_MARGIN,
     )

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.norms import TINY, gamma, round_up
+from common.norms import TINY, gamma, round_up, times_power
 from solvers.bounds.enclosure import Enclosure
+
+_LARGEST_RATIO = 1e100  # of the radii that a sum weighs against each other
 
 
 class Ellipsoid(NamedTuple):
@@ -47,7 +49,7 @@ class Ellipsoid(NamedTuple):
         if int(info) != 0 or not bool(torch.isfinite(factor_CC).all()):
             return cls.ball(size, round_up(math.sqrt(max(shape_CC.top(), 0.0))))._moved(exponent)
         shift = math.frexp(float(factor_CC.abs().max()))[1]
-        factor_CC = torch.ldexp(factor_CC, torch.tensor(-shift))
+        factor_CC = times_power(factor_CC, -shift)
         return cls(factor_CC, exponent + shift, Enclosure.exact(factor_CC).norm())
 
     @property
@@ -57,13 +59,16 @@ class Ellipsoid(NamedTuple):
 
     @property
     def scaled(self) -> Enclosure:
-        """The whole factor ``2^exponent F``; powers of two scale without rounding."""
-        return Enclosure.exact(torch.ldexp(self.factor_CC, torch.tensor(self.exponent)))
+        """The whole factor ``2^exponent F``."""
+        return self.enclosed.shifted(self.exponent)
 
     @property
     def radius(self) -> float:
         """Bound on the l2 norm of every point."""
-        return math.ldexp(self.norm, self.exponent) if self.exponent < 900 else math.inf
+        if self.norm == 0.0:
+            return 0.0
+        # Below the normal numbers a power of two would round, perhaps to 0.
+        return max(math.ldexp(self.norm, self.exponent), TINY) if self.exponent < 900 else math.inf
 
     def gauge(self, points: Tensor) -> Tensor:
         """Return by which factor (...,) of the ellipsoid each point (..., C) is held (estimate)."""
@@ -84,21 +89,22 @@ class Ellipsoid(NamedTuple):
         return self.plus(Enclosure.exact(identity_CC), radius)
 
     def plus(self, points_CK: Enclosure, scale: float = 1.0) -> "Ellipsoid":
-        """Return an ellipsoid around all sums with ``scale P v``, ``|v| <= 1``.
+        """Return an ellipsoid around all sums with ``scale P v``, ``|v| <= 1``, scale >= 0.
 
         The sum of ``E(S)`` and ``E(T)`` lies in ``E((1 + p) S + (1 + 1/p) T)`` for any p > 0; p is
-        the ratio of the radii.
+        near the ratio of the radii.
         """
-        reach = round_up(points_CK.norm() * scale)
-        if reach <= TINY:
+        added_CK = points_CK.scaled(scale)
+        reach = added_CK.norm() if scale else 0.0
+        if reach == 0.0:
             return self
-        near = math.ldexp(scale, -self.exponent)
-        ratio = math.ldexp(reach, -self.exponent) / max(self.norm, TINY)
-        if not TINY < ratio < 1 / TINY:
-            return Ellipsoid.ball(len(self.factor_CC), round_up(self.radius + reach))
-        shape_CC = self.enclosed.gram().scaled(1 + ratio)
-        added_CC = points_CK.scaled(near).gram().scaled(1 + 1 / ratio)
-        return Ellipsoid.covering(shape_CC + added_CC, self.exponent)
+        exponent = max(self.exponent, math.frexp(reach)[1])
+        own = math.ldexp(self.norm, self.exponent - exponent)
+        ratio = math.ldexp(reach, -exponent) / max(own, 1 / _LARGEST_RATIO)
+        ratio = min(max(ratio, 1 / _LARGEST_RATIO), _LARGEST_RATIO)
+        shape_CC = self.enclosed.shifted(self.exponent - exponent).gram().scaled(1 + ratio)
+        added_CC = added_CK.shifted(-exponent).gram().scaled(1 + 1 / ratio)
+        return Ellipsoid.covering(shape_CC + added_CC, exponent)
 
     def _moved(self, exponent: int) -> "Ellipsoid":
         return self._replace(exponent=self.exponent + exponent)

@@ -14,7 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.norms import SLACK, TINY, UNIT, certified_top, exact64, gamma, round_up
+from common.norms import (
+    SLACK,
+    TINY,
+    UNIT,
+    certified_top,
+    exact64,
+    gamma,
+    round_up,
+    times_power,
+)
 
 
 class Enclosure(NamedTuple):
@@ -32,8 +41,12 @@ class Enclosure(NamedTuple):
     @property
     def size(self) -> Tensor:
         """Frobenius norms (...,) of the midpoints, rounded up."""
-        entries = self.mid.shape[-1] * self.mid.shape[-2]
-        return self.mid.flatten(-2).norm(dim=-1) * (1 + gamma(entries + 8)) + TINY
+        flat = self.mid.flatten(-2)
+        entries = flat.shape[-1]
+        # Squares of entries are summed in units of the largest: they neither vanish nor overflow.
+        largest = flat.abs().amax(-1, keepdim=True) if entries else flat.new_ones(1)
+        units = (flat / largest.clamp(min=TINY)).norm(dim=-1)
+        return units * largest[..., 0] * (1 + gamma(entries + 8)) + (1 + entries) * TINY
 
     @property
     def mT(self) -> "Enclosure":
@@ -62,12 +75,17 @@ class Enclosure(NamedTuple):
         """Multiply by non-negative float64 numbers that broadcast against the matrices.
 
         One number, one per matrix of a stack (..., 1, 1), or one per row or column. Each may carry
-        three roundings.
+        six roundings.
         """
         factors = torch.as_tensor(factor, dtype=torch.float64).expand_as(self.mid)
         largest = factors.flatten(-2).amax(-1) if factors.numel() else self.error
         scaled = Enclosure.exact(self.mid * factors)
-        return scaled._replace(error=_up(self.error * largest + 5 * UNIT * scaled.size))
+        return scaled._replace(error=_up(self.error * largest + 8 * UNIT * scaled.size))
+
+    def shifted(self, exponent: int) -> "Enclosure":
+        """Multiply by ``2^exponent``; what falls below the normal numbers is added to the error."""
+        error = times_power(self.error, exponent)
+        return Enclosure.exact(times_power(self.mid, exponent))._replace(error=_up(error))
 
     def gram(self) -> "Enclosure":
         """Return ``A A^T``, symmetric."""

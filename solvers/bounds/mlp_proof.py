@@ -17,6 +17,7 @@ from common.models import LayerConfig
 from common.norms import (
     EIGEN_MARGIN,
     SLACK,
+    TINY,
     UNIT,
     certified_top,
     exact64,
@@ -160,15 +161,16 @@ def prove_mlp(
         tight = min(naive, bound)
     offset_C1 = value_at_zero(tensors, layer)
     offset = round_up(float(offset_C1.size + offset_C1.error)) if layer.mlp_bias else 0.0
-    radius = round_up(min(naive_growth, tight) * tokens.radius + offset)
+    radius = grown(tokens.radius, min(naive_growth, tight), offset)
     domain = Ellipsoid.ball(len(down_CF), radius)
     if multipliers:
         if not layer.mlp_bias:
             form = mlp_form(up_FC, down_CF, layer, sector=True)
         own = part(multipliers, "domain")
         domain = mlp_image(form, tokens.domain, own["lambda"], float(own["excess"]))
-        domain = domain.plus(offset_C1)
-    naive_radius = round_up(naive_growth * tokens.naive_radius + offset)
+        if layer.mlp_bias:
+            domain = domain.plus(offset_C1)
+    naive_radius = grown(tokens.naive_radius, naive_growth, offset)
     return BlockBound(
         naive=naive,
         tightened=tight,
@@ -176,6 +178,11 @@ def prove_mlp(
         components={"offset": offset},
         margin=margin,
     )
+
+
+def grown(size: float, factor: float, offset: float = 0.0) -> float:
+    """Return ``factor size + offset``, all at least 0, rounded up: 0 only where nothing is left."""
+    return round_up((max(factor * size, TINY) if factor and size else 0.0) + offset)
 
 
 def part(multipliers: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

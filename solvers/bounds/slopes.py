@@ -154,9 +154,9 @@ def apply(z: Tensor, layer: LayerConfig) -> Tensor:
     """Evaluate the layer's activation in the type of ``z`` (..., F), independently of the model."""
     match layer.activation:
         case "maxmin":
-            sums, differences = z[..., ::2] + z[..., 1::2], (z[..., ::2] - z[..., 1::2]).abs()
-            pairs = torch.stack(((sums + differences) / 2, (sums - differences) / 2), -1)
-            return pairs.flatten(-2)
+            # Exact: a sum and a difference would round relative to the larger of a pair.
+            first, second = z[..., ::2], z[..., 1::2]
+            return torch.stack((first.maximum(second), first.minimum(second)), -1).flatten(-2)
         case "relu":
             return z.clamp(min=0)
         case "abs":

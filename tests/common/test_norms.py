@@ -124,3 +124,19 @@ def test_rms_norm_factor() -> None:
     x = torch.linalg.svd(w).Vh[0]
     ratio = float((w @ x).square().mean().sqrt() / x.square().mean().sqrt())
     assert norms.rms_norm_factor(w) * norms.spectral_norm(w) == pytest.approx(ratio, rel=1e-12)
+
+
+def test_powers_of_two_scale_exactly() -> None:
+    """Oracle: ``math.ldexp``; the exponents pass float32's range and float64's."""
+    values = [1.0, -0.3, 1e-300, 1e300, 5e-324]
+    for exponent in (-2100, -1100, -500, -130, 0, 130, 500, 1100, 2090):
+        found = norms.times_power(torch.tensor(values, dtype=torch.float64), exponent)
+        for value, scaled in zip(values, found.tolist(), strict=True):
+            if math.isinf(scaled):
+                with pytest.raises(OverflowError):
+                    math.ldexp(value, exponent)
+            elif abs(scaled) >= 2.3e-308:
+                assert scaled == math.ldexp(value, exponent)
+            else:
+                assert abs(scaled) <= 2.3e-308
+                assert abs(math.ldexp(value, exponent)) <= 2.3e-308

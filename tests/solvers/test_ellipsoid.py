@@ -81,3 +81,21 @@ def test_images_and_balls_have_the_radius_they_say() -> None:
     assert math.isclose(
         image.radius, 2.5 * float(torch.linalg.matrix_norm(factor, 2)), rel_tol=1e-6
     )
+
+
+@pytest.mark.parametrize("exponent", [-2500, -1100, 0, 800])
+def test_sums_of_sets_of_very_different_scales(exponent: int) -> None:
+    """Oracle: the points of either set alone, in units of the larger one."""
+    factor, _ = random_shape(4)
+    thin = Ellipsoid.covering(Enclosure.exact(factor).gram(), exponent)
+    found = thin.plus_ball(1.0)
+    points = torch.cat((torch.eye(WIDTH), factor.T)).double()
+    for point, own in zip(points, [0] * WIDTH + [exponent] * WIDTH, strict=True):
+        unit = torch.linalg.solve(found.factor_CC, point).norm()
+        assert math.log2(float(unit)) + own - found.exponent <= 1e-9
+
+
+def test_a_radius_never_vanishes() -> None:
+    """Oracle: an ellipsoid that is not a point has a positive radius."""
+    assert Ellipsoid.ball(2, 1.0)._replace(exponent=-4000).radius > 0
+    assert Ellipsoid.ball(2, 0.0).radius == 0

@@ -88,3 +88,29 @@ def test_inverses_hold_those_of_all_members() -> None:
     vague = Enclosure(matrix, torch.tensor(2.0, dtype=torch.float64)).inverse(0.25)
     assert not bool(vague.mid.any())
     assert float(vague.error) >= 4.0
+
+
+@pytest.mark.parametrize("scale", [1e-280, 1e-200, 1.0, 1e160, 1e300])
+def test_sizes_hold_where_squares_leave_the_range(scale: float) -> None:
+    """Oracle: fractions; a size of 0 would hide the rounding of all later products."""
+    g = torch.Generator().manual_seed(0)
+    entries = scale * torch.randn(3, SIZE, SIZE, generator=g, dtype=torch.float64)
+    for found, matrix in zip(Enclosure.exact(entries).size, entries, strict=True):
+        exact = sum(Fraction(x) ** 2 for x in matrix.flatten().tolist())
+        assert exact <= Fraction(float(found)) ** 2 <= exact * (1 + Fraction(1, 10**6))
+
+
+def test_shifts_hold_the_exact_ones_at_every_exponent() -> None:
+    """Oracle: fractions; below the normal numbers the error takes what is lost."""
+    matrix = torch.tensor([[1.0, -3.7], [2.0**-60, 0.0]], dtype=torch.float64)
+    for exponent in (-1500, -1070, -1000, -3, 0, 7, 150, 1000):
+        found, power = Enclosure.exact(matrix).shifted(exponent), Fraction(2) ** exponent
+        exact = [[Fraction(x) * power for x in row] for row in matrix.tolist()]
+        assert distance(found.mid, exact) <= float(found.error)
+
+
+def test_an_error_beyond_all_numbers_bounds_by_infinity() -> None:
+    """Oracle: no number is a bound; NaN would compare as one."""
+    for error in (float("inf"), float("nan")):
+        vague = Enclosure(torch.eye(2).double(), torch.tensor(error, dtype=torch.float64))
+        assert vague.top() == vague.norm() == float("inf")

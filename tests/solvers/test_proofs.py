@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.models import LipschitzTransformer
+from common.errors import CertificateError
+from common.models import LipschitzTransformer, ModelConfig
 from common.models.config import ACTIVATIONS
 from solvers.bounds import certify
 from solvers.bounds.admissible import multiplier_shapes
@@ -21,7 +22,7 @@ from solvers.bounds.attention_proof import (
 )
 from solvers.bounds.ellipsoid import Ellipsoid, Tokens
 from solvers.bounds.head_proof import head_norms
-from solvers.bounds.mlp_proof import mlp_bound, mlp_form
+from solvers.bounds.mlp_proof import mlp_bound, mlp_form, value_at_zero
 from solvers.bounds.slopes import slope_interval
 from solvers.bounds.stream_proof import prove_block
 
@@ -222,3 +223,39 @@ def test_head_norms(build_model: BuildModel) -> None:
     assert norm == pytest.approx(1.5 * float(torch.linalg.matrix_norm(head, 2)), rel=TIGHT)
     assert pair == pytest.approx(1.5 * float(torch.cdist(head, head).max()), rel=1e-6)
     assert pair >= 1.5 * float((head[:, None] - head[None]).norm(dim=-1).max())
+
+
+def test_tokens_that_shrink_below_all_numbers_come_back(build_model: BuildModel) -> None:
+    """Oracle: matrices that scale every token by a power; the last tokens are the first ones."""
+    fields = {"heads": 1, "content_heads": 0, "attn_factor": 1.0, "activation": "relu"}
+    residuals = {"attn_residual": 1.0, "mlp_residual": 1.0, "width": 2, "mlp_width": 2}
+    model = build_model(layers=4, **fields, **residuals)
+    eye = torch.eye(2, dtype=torch.float64)
+    for layer, power in zip(model.layers, (1e-70, 1e-70, 1e70, 1e70), strict=True):
+        matrices = (layer.attention.value, layer.attention.output, layer.mlp.up, layer.mlp.down)
+        for matrix in matrices:
+            matrix.weight.copy_(power * eye)
+    last = certify(model, tighten=False).blocks[-1]
+    assert last.radius_out >= model.domain_radius()
+    assert last.naive_radius_out >= model.domain_radius()
+
+
+def test_biases_so_small_that_squares_underflow_are_refused(build_model: BuildModel) -> None:
+    """Oracle: the norm of such a bias, which float64 computes as 0."""
+    model = build_model(mlp_bias=True, layers=1)
+    model.layers[0].mlp.up.bias.fill_(1e-200)
+    with pytest.raises(CertificateError, match="bias: expected entries"):
+        certify(model, tighten=False)
+
+
+def test_the_value_at_zero_of_unequal_pairs() -> None:
+    """Oracle: the smaller of a pair as it is; sum and difference would round it to 0."""
+    fields = {"activation": "maxmin", "mlp_bias": True, "mlp_width": 2, "mlp_residual": 1.0}
+    config = ModelConfig(vocab_size=3, width=2, layers=1, heads=1, context=2, **fields)
+    tensors = {
+        "up.bias": torch.tensor([1.0, 1e-20], dtype=torch.float64),
+        "down.weight": torch.tensor([[0.0, 1e30], [0.0, 0.0]], dtype=torch.float64),
+        "down.bias": torch.zeros(2).double(),
+    }
+    found = value_at_zero(tensors, config.layer(0))
+    assert float(found.mid.norm() + found.error) >= 1e10 * (1 - 1e-15)
