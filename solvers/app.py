@@ -42,6 +42,8 @@ def certify(cfg: Any, run: Run) -> Outcome:
     certificate = _with_best_attack(certificate, bundle)
     report = check(bundle.model.config, bundle.model.state_dict(), certificate)
     metrics["cert/verify_seconds"] = report.seconds
+    found = f"; largest sensitivity found {certificate.attack:.6g}" if certificate.attack else ""
+    log.info("proved: tightened %.6g, naive %.6g%s", report.tightened, report.naive, found)
     extended = extend_bundle(
         bundle.path,
         certificate=certificate,
@@ -58,7 +60,11 @@ def certify(cfg: Any, run: Run) -> Outcome:
 def _with_best_attack(certificate: Any, bundle: Bundle) -> Any:
     """Keep what an earlier search found; a void certificate is of other weights."""
     stored = None if bundle.void is not None else bundle.certificate
-    if stored is None or (stored.attack or 0.0) <= (certificate.attack or 0.0):
+    if stored is None:
+        return certificate
+    # Nobody has checked that file: what no search can have found must not outlive it.
+    claims: list[Any] = [certificate.attack or 0.0, stored.attack, stored.tightened]
+    if not all(isinstance(x, float) for x in claims) or not claims[0] < claims[1] <= claims[2]:
         return certificate
     return dataclasses.replace(certificate, attack=stored.attack)
 

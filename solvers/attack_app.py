@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from solvers.robustness.text import attack_windows
 log = logging.getLogger(__name__)
 
 ROBUSTNESS_FILE = "robustness.json"
+
+_Evaluate = Callable[[int], Evaluation]
+"""From a seed, everything else is at hand."""
 
 
 def attack(cfg: Any, run: Run) -> Outcome:
@@ -48,17 +52,18 @@ def attack(cfg: Any, run: Run) -> Outcome:
     bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
     is_text = isinstance(bundle.model, LipschitzTransformer)
     _check_data(bundle, data, is_text=is_text)
+    # Before the search, which may take minutes: what cannot be read must not cost its result.
+    evaluate = None if data is None else (_text if is_text else _images)(bundle, data, settings)
     artifacts: dict[str, Path] = {}
     metrics = _lipschitz(bundle, search)
     best = metrics["attack/best"]
-    if data is None:
+    if evaluate is None:
         log.info(
             "certified accuracy and attacked accuracy need data: add data=NAME (as in lipllm train)"
         )
     else:
         began = time.perf_counter()
-        evaluate = _text if is_text else _images
-        found = evaluate(bundle, data, settings, int(cfg.seed))
+        found = evaluate(int(cfg.seed))
         metrics |= found.metrics() | {"robust/seconds": time.perf_counter() - began}
         artifacts["robustness"] = run.directory / ROBUSTNESS_FILE
         write_json(artifacts["robustness"], found.to_dict())
@@ -72,7 +77,6 @@ def _check_data(bundle: Bundle, data: Any, *, is_text: bool) -> None:
             f"data: {type(data).__name__} for a {bundle.kind}, expected "
             f"{'text' if is_text else 'images'}; choose another data=NAME"
         )
-    # Before the search, which may take minutes.
     if data is not None and is_text and bundle.certificate is None:
         raise CertificateError(
             f"{bundle.path}: no certificate, expected one to compare attacks with; run: lipllm "
@@ -90,28 +94,40 @@ def _lipschitz(bundle: Bundle, search: bounds.AttackSettings) -> dict[str, float
     found = {f"attack/{kind}": float(getattr(result, kind)) for kind in kinds}
     # A kind that was not run, for this sort of model, has no figure.
     found = {name: value for name, value in found.items() if value}
+    log.info("largest sensitivity found: %.6g%s", result.value, _proved(bundle))
     return found | {"attack/best": result.value, "attack/seconds": time.perf_counter() - began}
 
 
-def _text(bundle: Bundle, data: DataConfig, settings: RobustnessSettings, seed: int) -> Evaluation:
+def _proved(bundle: Bundle) -> str:
+    certificate = bundle.certificate
+    return "" if certificate is None else f"; proved: at most {certificate.tightened:.6g}"
+
+
+def _text(bundle: Bundle, data: DataConfig, settings: RobustnessSettings) -> _Evaluate:
     bounds.verify(bundle)
     corpus = prepare_corpus(data, bundle.tokenizer)
     context = bundle.config.context
     limit = None if settings.tokens is None else max(1, settings.tokens // context)
     windows_WT = corpus.windows("val", context, limit)
-    evaluator = TextEvaluator(bundle.model, bundle.certificate, settings)
     chosen_WT = attack_windows(windows_WT, settings.attack_tokens)
-    return evaluator.evaluate(windows_WT, chosen_WT, seed=seed, tokenizer=bundle.tokenizer)
+
+    def evaluate(seed: int) -> Evaluation:
+        evaluator = TextEvaluator(bundle.model, bundle.certificate, settings)
+        return evaluator.evaluate(windows_WT, chosen_WT, seed=seed, tokenizer=bundle.tokenizer)
+
+    return evaluate
 
 
-def _images(
-    bundle: Bundle, data: ImageConfig, settings: RobustnessSettings, seed: int
-) -> Evaluation:
+def _images(bundle: Bundle, data: ImageConfig, settings: RobustnessSettings) -> _Evaluate:
     images = load_images(data)
     limit = settings.images or len(images.val_labels_N)
     pair = math.inf
     if bundle.certificate is not None:
         bounds.verify(bundle)
         pair = bundle.certificate.pair_l2
-    evaluator = ImageEvaluator(bundle.model, settings, pair=pair)
-    return evaluator.evaluate(images.val_NI[:limit], images.val_labels_N[:limit], seed=seed)
+
+    def evaluate(seed: int) -> Evaluation:
+        evaluator = ImageEvaluator(bundle.model, settings, pair=pair)
+        return evaluator.evaluate(images.val_NI[:limit], images.val_labels_N[:limit], seed=seed)
+
+    return evaluate

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from common.config import check_types
+from common.config import check_types, positive
 from solvers.bounds.attack_settings import AttackSettings
 from solvers.bounds.network import TightenSettings
 
@@ -39,7 +39,11 @@ class CertifySettings:
     def __post_init__(self) -> None:
         check_types(self)
         self.tightening()
-        self.attacks(0)
+        # Their message would name the key of another command.
+        for name in ("steps", "network_steps"):
+            positive(f"certify.attack_{name}", getattr(self, f"attack_{name}"), zero=True)
+        for name in ("starts", "tokens", "rate"):
+            positive(f"certify.attack_{name}", getattr(self, f"attack_{name}"))
 
     def tightening(self) -> TightenSettings:
         """Return the settings of the multiplier search."""

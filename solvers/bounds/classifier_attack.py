@@ -15,7 +15,7 @@ from torch import Tensor
 from common.classifier_certificate import ClassifierCertificate
 from common.models import LipschitzMLP
 from solvers.bounds.attack_ascent import ROUNDING
-from solvers.bounds.attack_settings import AttackResult, AttackSettings
+from solvers.bounds.attack_settings import AttackResult, AttackSettings, Clock
 
 _SIZES = (1.0, 1e3)
 """Norms of the attacked points: with biases the constants near 0 and far away differ."""
@@ -44,13 +44,15 @@ def attack_classifier(
     model = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
     inputs, classes = model.sizes[0], model.sizes[-1]
     scale = (inputs / classes) ** 0.5
-    values = _attack(model, inputs, settings, settings.network_steps)
-    blocks = [max(values)]
-    if certificate is not None and len(certificate.blocks) > 1:
-        blocks = [
-            max(_attack(_part(model, b.first, b.stop), model.sizes[b.first], settings, 0))
-            for b in certificate.blocks
-        ]
+    clock = Clock(settings.budget_s)
+    chains = certificate.blocks if certificate is not None and len(certificate.blocks) > 1 else ()
+    first = clock.part(0.5 if chains else 1.0)
+    values = _attack(model, inputs, settings, settings.network_steps, first)
+    blocks = [] if chains else [max(values)]
+    for left, b in zip(range(len(chains), 0, -1), chains, strict=True):
+        part = _part(model, b.first, b.stop)
+        found = _attack(part, model.sizes[b.first], settings, 0, clock.part(1 / left))
+        blocks.append(max(found))
     random, gradient, structured = (scale * value for value in values)
     return AttackResult(
         value=max(random, gradient, structured),
@@ -72,19 +74,27 @@ def _part(model: LipschitzMLP, first: int, stop: int) -> Callable[[Tensor], Tens
 
 
 def _attack(
-    function: Callable[[Tensor], Tensor], inputs: int, settings: AttackSettings, steps: int
+    function: Callable[[Tensor], Tensor],
+    inputs: int,
+    settings: AttackSettings,
+    steps: int,
+    clock: Clock,
 ) -> tuple[float, float, float]:
     """Return the best l2 ratios of random pairs, of gradient ascent and of singular vectors."""
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (2, settings.restarts, inputs)
     points = torch.randn(shape, generator=generator, dtype=torch.float64)
     random = gradient = structured = 0.0
-    for size in _SIZES:
+    for left, size in zip(range(len(_SIZES), 0, -1), _SIZES, strict=True):
+        part = clock.part(0.5 / left)
         x_BI, direction_BI = (torch.nn.functional.normalize(p, dim=-1) for p in points)
         random = max(random, _ratio(function, size * x_BI, direction_BI, size))
-        found = _singular(function, size * x_BI, direction_BI, size, max(settings.steps, steps))
+        most = max(settings.steps, steps)
+        found = _singular(function, size * x_BI, direction_BI, size, most, part)
         structured = max(structured, found)
-        gradient = max(gradient, _ascent(function, x_BI, direction_BI, size, steps, settings.rate))
+        part = clock.part(1 / (2 * left - 1))
+        found = _ascent(function, x_BI, direction_BI, size, steps, settings.rate, part)
+        gradient = max(gradient, found)
     return random, gradient, structured
 
 
@@ -94,6 +104,7 @@ def _singular(
     direction_BI: Tensor,
     size: float,
     steps: int,
+    clock: Clock,
 ) -> float:
     """Follow the Jacobian's top right singular vector, moving the point along it half the time."""
     best = 0.0
@@ -102,6 +113,8 @@ def _singular(
         pull = torch.func.vjp(function, x_BI)[1]
         direction_BI = torch.nn.functional.normalize(pull(pushed)[0], dim=-1)
         best = max(best, _ratio(function, x_BI, direction_BI, size))
+        if clock.left <= 0:
+            break
         if step % 4 == 3:
             # A piecewise linear map is often most sensitive where it is far along that vector.
             x_BI = size * torch.nn.functional.normalize(x_BI / size + direction_BI, dim=-1)
@@ -115,6 +128,7 @@ def _ascent(
     size: float,
     steps: int,
     rate: float,
+    clock: Clock,
 ) -> float:
     """Move point and direction by Adam on the ratio of a pair as far apart as its points are."""
     x_BI, direction_BI = (t.clone().requires_grad_() for t in (x_BI, direction_BI))
@@ -129,6 +143,8 @@ def _ascent(
                 adam.zero_grad()
                 (-ratio_B.sum()).backward()
         best = max(best, float(ratio_B.detach().max()))
+        if clock.left <= 0:
+            break
         if step < steps:
             adam.step()
     return best * (1 - ROUNDING)

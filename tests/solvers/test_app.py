@@ -140,7 +140,15 @@ def test_attack_reports_estimates(certified: Path, lipllm: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["certify.tol=-1", "certify.method=magic", "certify.tol=high", "certify.tool=1"]
+    "override",
+    [
+        "certify.tol=-1",
+        "certify.method=magic",
+        "certify.tol=high",
+        "certify.tool=1",
+        "certify.attack_steps=-1",
+        "certify.attack_tokens=0",
+    ],
 )
 def test_bad_settings_are_refused(bundle: Path, lipllm: Command, override: str) -> None:
     """Oracle: exit status 2, one line naming the setting, bundle unchanged."""
@@ -162,3 +170,30 @@ def test_certifying_again_keeps_the_larger_attack(certified: Path, lipllm: Comma
     again = load_bundle(certified).certificate
     assert again is not None
     assert again.attack == better.attack
+
+
+@pytest.mark.parametrize("found", ["high", 1e6])
+def test_an_impossible_attack_does_not_outlive_its_file(
+    certified: Path, lipllm: Command, found: Any
+) -> None:
+    """Oracle: a figure above its own bound, or none at all, was found by nobody."""
+    first = load_bundle(certified).certificate
+    assert first is not None
+    extend_bundle(certified, certificate=dataclasses.replace(first, attack=found))
+    assert lipllm("verify", f"bundle={certified}").status == 2
+    done = lipllm("certify", f"bundle={certified}", *CHEAP)
+    assert done.status == 0, done.err
+    assert 0 < done.metrics["cert/attack"] <= done.metrics["cert/tightened"]
+    assert lipllm("verify", f"bundle={certified}").status == 0
+
+
+def test_certify_and_attack_say_their_figures(certified: Path, lipllm: Command) -> None:
+    """Oracle: the certificate's numbers in the log that the terminal shows."""
+    certificate = load_bundle(certified).certificate
+    assert certificate is not None
+    done = lipllm("certify", f"bundle={certified}", *CHEAP)
+    log = (done.directory / "certify.log").read_text()
+    assert f"tightened {certificate.tightened:.6g}, naive {certificate.naive:.6g}" in log
+    done = lipllm("attack", f"bundle={certified}", *BRIEF)
+    log = (done.directory / "attack.log").read_text()
+    assert f"proved: at most {certificate.tightened:.6g}" in log

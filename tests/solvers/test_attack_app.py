@@ -112,13 +112,14 @@ def test_refusals_are_one_line(
     lipllm: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Oracle: exit status 2 and the remedy, before any search: wrong kind of data, no proof."""
+    """Oracle: exit status 2 and the remedy, before any search: wrong or missing data, no proof."""
     monkeypatch.setattr(attack_app, "_lipschitz", None)
     save_bundle(tmp_path / "bare", model, ByteTokenizer())
     text = ("data=local", f"data.path={text_file}")
     for name, data, remedy in (
         ("model", ("data=digits",), "expected text"),
         ("bare", text, "lipllm certify"),
+        (bundle.name, ("data=local", "data.path=/none.txt"), "correct the path"),
     ):
         done = lipllm("attack", f"bundle={tmp_path / name}", *data, *CHEAP)
         assert done.status == 2

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ ATTACK = AttackSettings(steps=12, network_steps=6, restarts=3)
 EXACT = 1e-9
 # Distance of two optimisers of one problem, relative.
 OPTIMUM = 2e-3
+SLOW_MACHINE = 20.0  # seconds a loaded machine may take for the starts alone
 
 
 def build(sizes: tuple[int, ...], activation: str = "relu", seed: int = 0) -> LipschitzMLP:
@@ -173,6 +175,18 @@ def test_radius_protects_the_top_class():
     (logits.gather(1, top.indices[:, :1]) - logits.gather(1, top.indices[:, 1:])).sum().backward()
     step = radii_B1 * torch.nn.functional.normalize(moved.grad, dim=1)
     assert torch.equal(model(x_BI - step).argmax(1), top.indices[:, 0])
+
+
+def test_a_budget_ends_the_attack():
+    """Oracle: a search of hours under a tenth of a second, and what its starts reach."""
+    torch.manual_seed(0)
+    model = LipschitzMLP([8, 8, 8, 8, 8, 8, 4])
+    certificate = certify(model, tighten=False)
+    settings = AttackSettings(steps=10**7, network_steps=10**7, restarts=2, budget_s=0.1)
+    began = time.monotonic()
+    result = attack(model, certificate, settings=settings)
+    assert time.monotonic() - began < SLOW_MACHINE
+    assert min(result.gradient, result.structured, *result.blocks) > 0
 
 
 def test_long_networks_are_cut_into_chains():
