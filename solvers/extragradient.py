@@ -19,6 +19,8 @@ from solvers.monotone import MonotoneState, advance, first_state
 from solvers.oracle import Oracle
 from solvers.solution import Status
 
+_LONGEST_VARYING = 0.75  # eta L up to which the steps of EAG-V have a positive limit
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +153,17 @@ class AnchoredExtragradient(Anchored):
 class VaryingAnchoredExtragradient(Anchored):
     """EAG-V: as EAG-C with steps that fall to a limit, proved without a resolvent.
 
-    ``|F(z_k)| <= sqrt(27) L |z_0 - z*| / sqrt((k+1)(k+2))`` for ``step_scale <= 0.618``.
+    ``|F(z_k)| <= sqrt(27) L |z_0 - z*| / sqrt((k+1)(k+2))`` for ``step_scale <= 0.618``; above
+    3/4 the rule that shortens the steps makes them zero or negative.
     """
 
     name: ClassVar[str] = "eag_v"
     step_scale: float = 0.618
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        Anchored.__post_init__(self)
+        within("step_scale", self.step_scale, 0.0, _LONGEST_VARYING)
 
     def init(self, oracle: Oracle, start: Tensor) -> MonotoneState:
         """Evaluate F at the start.

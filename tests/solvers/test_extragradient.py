@@ -112,6 +112,7 @@ def test_refuses_operators_that_are_not_monotone_or_not_finite(method):
         ("extragradient", {"step_scale": 1.5}),
         ("extragradient", {"step_scale": 0.0}),
         ("eag", {"restart_factor": 1.0}),
+        ("eag_v", {"step_scale": 0.76}),
         ("forb", {"step_scale": 0.6}),
     ],
 )
