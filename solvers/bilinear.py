@@ -13,6 +13,8 @@ from common.config import one_of
 from solvers.finite_sum import FiniteSumInclusion
 from solvers.sampling import importance_law, uniform_law
 
+_RARE = 1e-3  # probability of a row or column of zeros, relative to the mean
+
 
 def bilinear_sum(
     matrix_RC: Tensor,
@@ -52,11 +54,11 @@ def bilinear_sum(
             matrix_RC.new_zeros(num_rows) if dual_R is None else dual_R,
         )
     )
-    rows_R, columns_C = matrix_RC.square().sum(1), matrix_RC.square().sum(0)
+    rows_R, columns_C = (_weights(matrix_RC.square().sum(axis)) for axis in (1, 0))
     components, mean = _operators(matrix_RC, shift)
     is_uniform = sampling == "uniform"
     largest = max(num_rows * float(rows_R.max()), num_columns * float(columns_C.max()))
-    square = largest if is_uniform else float(rows_R.sum())
+    square = largest if is_uniform else max(float(rows_R.sum()), float(columns_C.sum()))
     return FiniteSumInclusion(
         components=components,
         num_components=max(num_rows, num_columns),
@@ -71,6 +73,11 @@ def bilinear_sum(
         ),
         mean=mean,
     )
+
+
+def _weights(squares: Tensor) -> Tensor:
+    """Return squared norms to sample by; rows of zeros carry a part of b, so they get a little."""
+    return torch.where(squares > 0, squares, _RARE * squares.mean())
 
 
 def _operators(

@@ -35,7 +35,7 @@ class FiniteSumInclusion:
         num_components: N, at least 1; what one full evaluation costs in component calls.
         start: First point and anchor; a floating tensor or a tuple of them.
         resolvent: As in :class:`solvers.problem.Inclusion`.
-        lipschitz_bound: L_F of the mean operator F.
+        lipschitz_bound: L_F of the mean operator F (1/L_F-cocoercive where ``cocoercive``).
         lipschitz_est: A guess of the same.
         component_lipschitz: (N,) constants ``L_i`` of the components, for importance sampling.
         mean_square_lipschitz: L_Q under the law ``auto``; derived from the components if omitted.

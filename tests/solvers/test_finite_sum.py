@@ -128,10 +128,13 @@ def matrix(rows=3, columns=5, seed=0):
     return torch.randn(rows, columns, generator=g, dtype=F64) * scale
 
 
+@pytest.mark.parametrize("hollow", [False, True])
 @pytest.mark.parametrize("sampling", ["auto", "uniform"])
-def test_bilinear_blocks_enumerate_to_the_coupling(sampling):
+def test_bilinear_blocks_enumerate_to_the_coupling(sampling, hollow):
     """Oracle: all pairs (row, column) under the product law give (A^T y + c, b - A x)."""
     a, g = matrix(), torch.Generator().manual_seed(1)
+    if hollow:
+        a[1], a[:, 3] = 0.0, 0.0
     c, b = torch.randn(5, generator=g, dtype=F64), torch.randn(3, generator=g, dtype=F64)
     problem = bilinear_sum(a, sampling=sampling, primal_C=c, dual_R=b)
     z = torch.randn(8, generator=g, dtype=F64)
