@@ -70,7 +70,8 @@ class VRHalpern:
 
     Attributes:
         parameters: ``practical`` (importance sampling, eta = 1/L, weights 1/(i+2), restarts) or
-            ``published`` (uniform without replacement, eta = 1/(4 L), weights 2/(i+4)).
+            ``published`` (uniform, eta = 1/(4 L), weights 2/(i+4); without replacement unless rows
+            and columns of a matrix are drawn).
         seed: Of the sampled components and coins.
         step_scale: ``eta L``; None is the preset's.
         restart_factor: Residual ratio that moves the anchor, in [0, 1); None is the preset's.
@@ -130,12 +131,13 @@ class VRHalpern:
         known = problem.average_cocoercivity(preset.sampling)
         if known is None or self.authors_compat:
             known = problem.mean_square_bound("auto" if self.authors_compat else preset.sampling)
+        laws = problem.sampling_laws(preset.sampling)
         sampler = Sampler(
-            problem.sampling_laws(preset.sampling),
+            laws,
             math.isqrt(size) if self.batch is None else min(self.batch, size),
             seed=self.seed,
             like=start,
-            replacement=preset.replacement,
+            replacement=preset.replacement or len(laws) > 1,
         )
         return PageState(
             **of_certified(found),

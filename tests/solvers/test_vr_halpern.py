@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from solvers import FiniteSumInclusion, Inclusion, Status, make_solver, solve
+from solvers import FiniteSumInclusion, Inclusion, Status, make_solver, solve, standard_problem
 from solvers.oracle import Oracle
 
 F64 = torch.float64
@@ -300,3 +300,11 @@ def test_refuses_impossible_settings(options):
     """Zero steps, certain restarts, no full evaluation, empty batches, unknown presets."""
     with pytest.raises(ConfigError):
         make_solver("vr_halpern", **options)
+
+
+def test_published_script_runs_on_the_matrix_game():
+    """Oracle: the game of the paper's script, whose rows and columns are two sampled blocks."""
+    game = standard_problem("policeman_burglar", size=40).as_sum()
+    settings = {"authors_compat": True, "atol": 1e-2, "max_calls": 20_000}
+    result = solve(game.problem, "vr_halpern", **settings)
+    assert result.converged, result.message
