@@ -115,8 +115,11 @@ class Oracle:
         """Return ``F(point)`` and refuse an operator that is no function that can be iterated.
 
         Raises:
-            ConfigError: when the value holds NaN or infinity, or the argument was overwritten.
+            ConfigError: when the point or the value there holds NaN or infinity, or the argument
+                was overwritten.
         """
+        if not bool(torch.isfinite(point).all()):
+            raise ConfigError("resolvent: its value at the start is not finite; correct it")
         before = point.clone()
         value = self.full(point)
         if not torch.equal(point, before):

@@ -95,6 +95,8 @@ class Run:
             self._retry_below = state.residual * min(0.9, max(0.1, self.tolerance / residual))
         if state.failure is not None:
             return state.failure
+        if math.isnan(state.residual):
+            return Status.NONFINITE
         if self._has_diverged():
             return Status.DIVERGED
         if self.iterations >= limits.max_iterations:

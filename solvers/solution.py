@@ -25,7 +25,9 @@ class Status(enum.Enum):
     TIME_LIMIT = "The time limit was reached before the tolerance."
     STALLED = "The residual reached the rounding floor of the number format above the tolerance."
     DIVERGED = "The residual kept growing, however short the step."
-    NONFINITE = "The operator kept returning NaN or infinity, however short the step."
+    NONFINITE = (
+        "The operator or the resolvent kept returning NaN or infinity, however short the step."
+    )
     NOT_MONOTONE = "Two evaluations show that the operator is not monotone."
     ASSUMPTION_VIOLATED = (
         "Two evaluations show that the operator is not cocoercive, which this method needs."

@@ -44,7 +44,12 @@ class Structure:
         Raises:
             ShapeError: when the structure is another one.
         """
-        parts = (value,) if isinstance(value, Tensor) else tuple(value)
+        parts = (value,) if isinstance(value, Tensor) else value
+        if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):
+            raise ShapeError(
+                f"{what}: expected {'a tuple of tensors' if self.is_tuple else 'a tensor'}, got "
+                f"{type(value).__name__}; return what has the structure of its argument"
+            )
         if isinstance(value, Tensor) == self.is_tuple or self.shapes != tuple(
             tuple(part.shape) for part in parts
         ):

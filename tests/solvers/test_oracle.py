@@ -119,3 +119,13 @@ def test_functions_of_another_structure_are_refused(what):
     problem = Inclusion(start=torch.zeros(2), **functions)
     with pytest.raises(ShapeError, match=rf"{what}.*\(2,\).*\(3,\)"):
         solve(problem, "halpern")
+
+
+@pytest.mark.parametrize("method", ["halpern", "eag"])
+def test_resolvent_that_is_not_finite_is_refused(method):
+    """Oracle: it is the resolvent that is blamed, and no iteration is wasted on it."""
+    problem = Inclusion(
+        operator=lambda u: u, start=torch.ones(2), resolvent=lambda z, step: z / 0 * 0
+    )
+    with pytest.raises(ConfigError, match="resolvent: its value"):
+        solve(problem, method, max_iterations=100)

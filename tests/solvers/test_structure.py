@@ -49,6 +49,14 @@ def test_pack_refuses_another_structure(wrong):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("start", [torch.zeros(2), (torch.zeros(2), torch.zeros(3))])
+@pytest.mark.parametrize("wrong", [None, 1.0, [1.0, 2.0]])
+def test_pack_refuses_what_is_no_tensor(start, wrong):
+    """Oracle: the type is named instead of an error from within."""
+    with pytest.raises(ShapeError, match=f"who.*tensor.*got {type(wrong).__name__}"):
+        Structure.of(start).pack(wrong, "who")
+
+
 @pytest.mark.parametrize(
     ("start", "error"),
     [
