@@ -136,7 +136,7 @@ class ReflectedHalpern(Halpern):
     """Halpern on the over-relaxed forward-backward map ``(1 + rho) J - rho I``.
 
     A step ``eta < 2/L`` makes ``J`` averaged, and ``rho = 1 - eta L / 2`` is the largest
-    relaxation that stays nonexpansive; with ``F = 0`` it is the reflected resolvent ``2 J - I``.
+    relaxation that stays nonexpansive; as ``eta L`` falls to 0 it becomes that of ``2 J - I``.
     """
 
     name: ClassVar[str] = "halpern_reflected"

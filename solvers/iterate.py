@@ -42,10 +42,12 @@ def make_solver(method: str, **options: Any) -> Solver:
         ConfigError: for an unknown name or setting.
     """
     one_of("method", method, sorted(SOLVERS))
-    try:
-        return SOLVERS[method](**options)
-    except TypeError as error:
-        raise ConfigError(f"method={method}: {error}; correct its options") from error
+    known = sorted(each.name for each in fields(SOLVERS[method]))
+    for name, value in options.items():
+        if name not in known:
+            names = ", ".join(known) or "no settings"
+            raise ConfigError(f"{name}={value}: method={method} does not know it; it has {names}")
+    return SOLVERS[method](**options)
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def iterate(
     debug: bool = False,
     **limits: Any,
 ) -> Result:
-    """Run a method until the recomputed residual is at most ``atol + rtol * first residual``.
+    """Run a method until the recomputed residual is within the tolerance of ``Limits``.
 
     Args:
         problem: The inclusion.
@@ -161,7 +163,8 @@ def solve(problem: Problem, method: str = "auto", **settings: Any) -> Result:
         problem: What to solve.
         method: A key of ``SOLVERS``, or ``auto`` for the default of the problem's class; the
             result then gives the reason in ``detail``.
-        **settings: Arguments of :func:`iterate`; all others go to the method.
+        **settings: Arguments of :func:`iterate`; all others go to the method. ``auto`` takes none
+            where it may have to change the method.
 
     Returns:
         The result; see :class:`solvers.solution.Result`.
@@ -174,14 +177,32 @@ def solve(problem: Problem, method: str = "auto", **settings: Any) -> Result:
     if method != "auto":
         return iterate(problem, make_solver(method, **settings), **of_loop)
     choice = choose(problem)
+    solver = make_solver(choice.method, **settings)
+    if settings and choice.fallback is not None:
+        raise ConfigError(
+            f"{', '.join(settings)}: method=auto may change from {choice.method} to "
+            f"{choice.fallback}, whose settings differ; name the method as well"
+        )
     throw = of_loop.pop("throw", False)
-    result = iterate(problem, make_solver(choice.method, **settings), **of_loop)
+    result = iterate(problem, solver, **of_loop)
     reason = f"{choice.method} was chosen because {choice.reason}."
     if result.status is Status.ASSUMPTION_VIOLATED and choice.fallback is not None:
-        result = _joined(result, iterate(problem, make_solver(choice.fallback), **of_loop))
+        left = of_loop | _remaining(of_loop, result)
+        result = _joined(result, iterate(problem, make_solver(choice.fallback), **left))
         reason = f"{choice.fallback} took over because {choice.method} found F not cocoercive."
     result = replace(result, detail=f"{result.detail} {reason}".lstrip())
     return result.raise_for_status() if throw else result
+
+
+def _remaining(limits: dict[str, Any], spent: Result) -> dict[str, float]:
+    """Return the budgets that a first run leaves to a second one, at least one step each."""
+    costs = (
+        ("max_iterations", spent.iterations, 1),
+        ("max_calls", spent.oracle_calls, 1),
+        ("time_limit", spent.seconds, 1e-3),
+    )
+    given = ((name, limits.get(name), cost, least) for name, cost, least in costs)
+    return {name: max(least, limit - cost) for name, limit, cost, least in given if limit}
 
 
 def _joined(first: Result, second: Result) -> Result:

@@ -86,3 +86,22 @@ def test_method_options_need_a_method_that_knows_them():
     """An option of another method is refused also when the method is chosen automatically."""
     with pytest.raises(ConfigError, match="memory"):
         solve(single(True), memory=3)
+
+
+def test_options_are_refused_where_the_method_may_change():
+    """Oracle: the same option means another step to the method that may take over."""
+    with pytest.raises(ConfigError, match=r"step_scale: method=auto may change .* to feg"):
+        solve(single(), step_scale=1.0)
+    result = solve(summed(400, cocoercive=True, component=1.9), seed=3, atol=1e-3)
+    assert result.converged, result.message
+
+
+def test_both_methods_share_one_budget():
+    """Oracle: the calls of both runs together, at most one step over the limit."""
+    problem = Inclusion(operator=lambda u: SKEW @ (u - 1), start=START)
+    first = solve(problem, "halpern_restarted", atol=1e-6)
+    limit = first.oracle_calls + 6
+    result = solve(problem, atol=1e-6, max_calls=limit)
+    assert result.status is Status.MAX_CALLS
+    assert result.method == "feg"
+    assert limit <= result.oracle_calls <= limit + 2
