@@ -6,14 +6,18 @@ import math
 import time
 from typing import Any
 
+from torch import Tensor
+
 from common.bundle import Bundle, extend_bundle, load_bundle
 from common.classifier_certificate import AnyCertificate, ClassifierCertificate
 from common.config import build
+from common.errors import ConfigError
 from common.runs import Outcome, Run, hydra_command
 from solvers import bounds
 from solvers.attack_app import attack
 from solvers.bounds.checker import check
 from solvers.bounds.local.command import certify_around, verify_around
+from solvers.bounds.warm import warm_start
 from solvers.solve_app import solve
 
 log = logging.getLogger(__name__)
@@ -32,7 +36,12 @@ def certify(cfg: Any, run: Run) -> Outcome:
     settings = build(cfg.certify)
     bundle = load_bundle(cfg.bundle)
     began = time.perf_counter()
-    certificate = bounds.certify(bundle.model, settings.tighten, settings=settings.tightening())
+    certificate = bounds.certify(
+        bundle.model,
+        settings.tighten,
+        settings=settings.tightening(),
+        warm=_warm(settings.warm, bundle),
+    )
     metrics = {"cert/seconds": time.perf_counter() - began}
     if settings.attack_steps:
         began = time.perf_counter()
@@ -55,6 +64,18 @@ def certify(cfg: Any, run: Run) -> Outcome:
         artifacts={"bundle": extended.path},
         objective=certificate.log10_tightened,
     )
+
+
+def _warm(path: str | None, bundle: Bundle) -> dict[int, dict[str, Tensor]]:
+    """Return the multipliers of another bundle to start from; none without one."""
+    if path is None:
+        return {}
+    other = load_bundle(path)
+    if other.kind != "transformer" or bundle.kind != "transformer":
+        raise ConfigError(f"certify.warm={path}: expected two transformers; leave it out")
+    if other.certificate is None or other.void is not None:
+        raise ConfigError(f"certify.warm={path}: it has no valid certificate; certify it first")
+    return warm_start(bundle.model, other.model, other.certificate)
 
 
 def _with_best_attack(certificate: Any, bundle: Bundle) -> Any:

@@ -18,6 +18,8 @@ class CertifySettings:
         max_evals: Eigen-decompositions per search.
         stream_steps: Steps of the joint search over all blocks; None for the default of
             ``TightenSettings``.
+        warm: Bundle whose certificate's multipliers start the search (the one that this one was
+            pruned or fine-tuned from), or None.
         attack_steps: Adam steps on each block; 0 switches all attacks off.
         attack_network_steps: Adam steps on the whole network.
         attack_starts: Sequences attacked at once.
@@ -30,6 +32,7 @@ class CertifySettings:
     tol: float = 0.01
     max_evals: int = 200
     stream_steps: int | None = None
+    warm: str | None = None
     attack_steps: int = 40
     attack_network_steps: int = 16
     attack_starts: int = 4

@@ -1,7 +1,10 @@
 """``certify``, ``attack`` and ``with_attack`` for every kind of model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar, overload
+
+from torch import Tensor
 
 from common.certificate import Certificate
 from common.classifier_certificate import AnyCertificate, ClassifierCertificate
@@ -19,13 +22,21 @@ _Proof = TypeVar("_Proof", Certificate, ClassifierCertificate)
 
 @overload
 def certify(
-    model: LipschitzTransformer, tighten: bool = True, *, settings: TightenSettings | None = None
+    model: LipschitzTransformer,
+    tighten: bool = True,
+    *,
+    settings: TightenSettings | None = None,
+    warm: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> Certificate: ...
 
 
 @overload
 def certify(
-    model: LipschitzMLP, tighten: bool = True, *, settings: TightenSettings | None = None
+    model: LipschitzMLP,
+    tighten: bool = True,
+    *,
+    settings: TightenSettings | None = None,
+    warm: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> ClassifierCertificate: ...
 
 
@@ -34,15 +45,18 @@ def certify(
     tighten: bool = True,
     *,
     settings: TightenSettings | None = None,
+    warm: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> AnyCertificate:
     """Prove how far the logits can move; arguments as in ``network.certify``.
+
+    Classifiers start cold: they ignore ``warm``.
 
     Returns:
         A ``Certificate``, or of a classifier a ``ClassifierCertificate``.
     """
     if isinstance(model, LipschitzMLP):
         return certify_classifier(model, tighten, settings=settings)
-    return certify_transformer(model, tighten, settings=settings)
+    return certify_transformer(model, tighten, settings=settings, warm=warm)
 
 
 def attack(

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from common.errors import ShapeError
+from common.certificate import Certificate
+from common.errors import CertificateError, ShapeError
+from common.models import LipschitzTransformer
 
 _CONTENT = ("query", "key", "mixed")
 _WHOLE = ("skip", "excess")
@@ -56,3 +58,41 @@ def _selected(vector_N: Tensor, positions: Tensor, name: str) -> Tensor:
             f"{len(vector_N)} entries; give the old positions of what survives"
         )
     return vector_N[positions]
+
+
+def warm_start(
+    model: LipschitzTransformer, other: LipschitzTransformer, certificate: Certificate
+) -> dict[int, dict[str, Tensor]]:
+    """Return the multipliers of another model's certificate for the neurons that this one shares.
+
+    A neuron of a pruned model is a row of the other's up projection, found by its bits.
+
+    Args:
+        model: The model to certify.
+        other: The one that was pruned or fine-tuned; fine-tuned rows match by position.
+        certificate: Of ``other``.
+
+    Raises:
+        CertificateError: if the two models have another number of layers.
+    """
+    if model.config.layers != other.config.layers:
+        raise CertificateError(
+            f"certify.warm: a model of {other.config.layers} layers, expected "
+            f"{model.config.layers}; give the bundle that this one was made from"
+        )
+    kept = {}
+    for index in range(model.config.layers):
+        unit = model.config.layer(index).unit
+        name = f"layers.{index}.mlp.up.weight"
+        mine, theirs = (m.state_dict()[name].detach().cpu() for m in (model, other))
+        kept[2 * index + 1] = _shared_rows(mine[::unit], theirs[::unit])
+    return warm_multipliers(certificate.multipliers, kept)
+
+
+def _shared_rows(rows_KC: Tensor, all_NC: Tensor) -> Tensor:
+    """Return the position among all rows of every row; the identity where none match."""
+    places = {row.numpy().tobytes(): i for i, row in enumerate(all_NC)}
+    found = [places.get(row.numpy().tobytes(), -1) for row in rows_KC]
+    if min(found, default=-1) < 0:
+        return torch.arange(min(len(rows_KC), len(all_NC)))
+    return torch.tensor(found)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from common.errors import ShapeError
+from common.errors import CertificateError, ShapeError
 from solvers.bounds.mlp_block import tighten_mlp
-from solvers.bounds.warm import warm_multipliers
+from solvers.bounds.network import TightenSettings, certify
+from solvers.bounds.warm import warm_multipliers, warm_start
 
 
 def test_survivors_keep_their_multipliers() -> None:
@@ -41,3 +42,23 @@ def test_pruned_block_needs_fewer_evaluations() -> None:
     again = tighten_mlp(*pruned, tol=0.01, theta0=warm)
     assert again.evals < cold.evals
     assert again.gap <= 0.01 * 0.1
+
+
+def test_a_pruned_model_starts_from_its_parent(build_model) -> None:
+    """Oracle: rows cut by hand, in another order; a model of another depth is refused."""
+    other = build_model(mlp_width=24)
+    certificate = certify(other, settings=TightenSettings(stream_steps=0))
+    keep = torch.randperm(24)[:18]
+    model = build_model(mlp_width=18)
+    for mine, theirs in zip(model.layers, other.layers, strict=True):
+        mine.mlp.up.weight.copy_(theirs.mlp.up.weight[keep])
+        mine.mlp.down.weight.copy_(theirs.mlp.down.weight[:, keep])
+    warm = warm_start(model, other, certificate)
+    assert torch.equal(warm[1]["lambda"], certificate.multipliers["blocks.1.lambda"][keep])
+    assert warm[1]["stream.excess"].shape == (1,)
+    cold = certify(model, settings=TightenSettings(stream_steps=0))
+    again = certify(model, settings=TightenSettings(stream_steps=0), warm=warm)
+    assert sum(block.evals for block in again.blocks) <= sum(block.evals for block in cold.blocks)
+    assert again.tightened <= cold.tightened * 1.02
+    with pytest.raises(CertificateError, match=r"certify\.warm: a model of 2 layers, expected 3"):
+        warm_start(build_model(layers=3), other, certificate)
