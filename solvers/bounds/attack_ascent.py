@@ -169,4 +169,8 @@ def _probe(target: Target, x_BTC: Tensor, change_BTC: Tensor) -> tuple[Tensor, T
     uphill_BTC = first_BTC - second_BTC
     # Each start has its own scale, which changes a lot along an ascent.
     size_B11 = uphill_BTC.flatten(1).norm(dim=-1)[:, None, None].clamp(min=_VANISHED)
-    return moved_BO.norm(dim=-1) / given_B, first_BTC + second_BTC, uphill_BTC / size_B11
+    ratio_B = moved_BO.norm(dim=-1) / given_B
+    # Pairs that a thin domain has brought close together cancel: their difference is rounding.
+    size_B = target.radius * ratio_B + output_BO.detach().norm(dim=-1).view(2, -1).amax(0)
+    ratio_B = (ratio_B - ROUNDING * NEAR * size_B / given_B).clamp(min=0.0)
+    return ratio_B, first_BTC + second_BTC, uphill_BTC / size_B11

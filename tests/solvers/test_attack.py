@@ -17,6 +17,7 @@ from solvers.bounds.attack_search import lengths_to
 from solvers.bounds.attack_settings import AttackResult, AttackSettings, Clock
 from solvers.bounds.attack_starts import lengthened, structured_starts
 from solvers.bounds.attack_tokens import swap_attack
+from solvers.bounds.ellipsoid import Ellipsoid
 from solvers.bounds.models import with_attack
 
 SLOW_MACHINE = 20.0  # seconds a loaded machine may take for the starts alone
@@ -201,3 +202,15 @@ def test_settings_are_checked(field: str) -> None:
     """Oracle: the contract."""
     with pytest.raises(ConfigError, match=rf"^attack\.{field}"):
         AttackSettings(**{field: 0})
+
+
+def test_rounding_between_close_points_is_no_sensitivity(build_model: BuildModel) -> None:
+    """Oracle: an isometry with a large bias, attacked in a domain 1e-9 thin: its constant is 1."""
+    model = build_model(activation="abs", mlp_bias=True, mlp_residual=1.0, mlp_ratio=1)
+    mlp = model.layers[0].mlp
+    mlp.up.weight.copy_(torch.linalg.qr(mlp.up.weight).Q)
+    mlp.down.weight.copy_(torch.linalg.qr(mlp.down.weight).Q)
+    mlp.down.bias.fill_(10.0)
+    factor = torch.diag(torch.cat((torch.ones(2), torch.full((14,), 1e-9))).double())
+    thin = Ellipsoid(factor, 0, 1.0)
+    assert block_attack(model, 1, thin, settings=SETTINGS) <= 1.0
