@@ -170,7 +170,15 @@ def distance_to(solution: Tensor, modulus: float) -> dict[str, Any]:
         solution: The only solution.
         modulus: ``mu`` with ``residual(u) >= mu |u - solution|`` everywhere, above 0: the modulus
             of strong monotonicity, or the smallest singular value of an affine operator.
+
+    Raises:
+        ConfigError: for a modulus that is not above 0, as options far from the defaults give.
     """
+    if not modulus > 0:
+        raise ConfigError(
+            f"problem: these options give data with modulus {modulus:.3g}, expected above 0: their "
+            "solution is not unique; choose options or a size nearer to the defaults"
+        )
     return {
         "solution": solution,
         "error": lambda value: float((value - solution).norm()),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.bundle import save_bundle
-from common.errors import LipError
+from common.errors import ConfigError, LipError
 from common.models import LipschitzMLP
 from solvers import solve, standard_problem
 from solvers.library import PROBLEMS
@@ -274,3 +274,9 @@ def test_impossible_requests_are_refused(name, settings, match):
     with pytest.raises(LipError, match=match) as refused:
         standard_problem(name, **settings)
     assert "\n" not in str(refused.value)
+
+
+def test_data_without_a_unique_solution_are_refused():
+    """Oracle: columns that underflow to zero; an error that is divided by 0 proves nothing."""
+    with pytest.raises(ConfigError, match="not unique"):
+        standard_problem("least_squares_sum", decay=1000.0)
