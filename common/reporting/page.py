@@ -131,8 +131,9 @@ def number(value: float | None, digits: int = 3) -> str:
         decimals = max(0, digits - 1 - exponent)
         text = f"{value:,.{decimals}f}"
         return text.rstrip("0").rstrip(".") if "." in text and decimals > digits else text
-    mantissa = f"{value / 10.0**exponent:.{max(0, digits - 1)}f}"
-    return f"{mantissa}&nbsp;&times;&nbsp;10<sup>{exponent}</sup>"
+    # Rounding may carry into the next power of ten.
+    mantissa, _, power = f"{value:.{max(0, digits - 1)}e}".partition("e")
+    return f"{mantissa}&nbsp;&times;&nbsp;10<sup>{int(power)}</sup>"
 
 
 def percent(value: float | None) -> str:

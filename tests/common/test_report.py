@@ -365,6 +365,8 @@ def test_workspace_without_login_is_one_line(quick, pipeline, tmp_path, monkeypa
         (1234.567, "1,235"),
         (math.inf, "overflow"),
         (1.5e-7, "1.50&nbsp;&times;&nbsp;10<sup>-7</sup>"),
+        (9.99953e-7, "1.00&nbsp;&times;&nbsp;10<sup>-6</sup>"),
+        (5e-324, "4.94&nbsp;&times;&nbsp;10<sup>-324</sup>"),
         (-1.5e9, "-1.50&nbsp;&times;&nbsp;10<sup>9</sup>"),
     ],
 )
