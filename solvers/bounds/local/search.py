@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.certificate import Certificate, config_sha256, tensors_sha256
-from common.config import check_types, one_of, positive
+from common.config import check_types, one_of, positive, within
 from common.errors import CertificateError, ConfigError, DataError
 from common.models import LipschitzTransformer, ModelConfig
 from solvers.bounds.admissible import MULTIPLIER_RANGE, check_weights
@@ -55,6 +55,7 @@ class SearchSettings:
         check_types(self)
         if self.radius is not None:
             positive("radius", self.radius)
+            within("radius", self.radius, 0, 1e6)  # nothing can be proved there, only overflow
         for name in ("levels", "tol", "max_evals"):
             positive(name, getattr(self, name))
         positive("cells", self.cells, zero=True)

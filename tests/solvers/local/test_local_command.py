@@ -73,6 +73,7 @@ def test_verify_names_a_forged_record(bundle: Path, lipllm: Command) -> None:
         (("around.text=abcdefghijklmnopqrstuvwxyz",), "context of 16"),
         (("around.text=a", "around.radius=wide"), "around.radius"),
         (("around.text=a", "around.radius=-1"), "radius=-1"),
+        (("around.text=a", "around.radius=1e60"), "around.radius=1e+60"),
         (("around.text=a", "around.levels=none"), "around.levels"),
         (("around.text=a", "around.method=magic"), "magic"),
         (("around.prompts=3",), "around.prompts"),
