@@ -93,7 +93,8 @@ def test_options_may_stand_anywhere(
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"), [("lipllm tr", "train"), ("lipllm c", "certify campaign compress calibrate")]
+    ("line", "expected"),
+    [("lipllm tr", "train"), ("lipllm c", "certify campaign compress calibrate")],
 )
 def test_completion_offers_commands(
     lipllm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, line: str, expected: str
