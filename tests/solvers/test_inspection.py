@@ -48,7 +48,11 @@ def test_rounding_noise_is_not_called_random():
     assert solve(Inclusion(operator=noisy, start=torch.zeros(50)), "feg", atol=1e-3).converged
 
 
-@pytest.mark.parametrize("resolvent", [Box(0.0, 1.0), Simplex(), L2Ball(1.0), L1(0.3)], ids=repr)
+@pytest.mark.parametrize(
+    "resolvent",
+    [Box(0.0, 1.0), Simplex(), L2Ball(1.0), L1(0.3)],
+    ids=lambda resolvent: type(resolvent).__name__,
+)
 def test_true_resolvents_pass_in_debug_mode(resolvent):
     """Oracle: projections and proximal maps are firmly nonexpansive."""
     for dtype in (torch.float32, torch.float64):
