@@ -16,6 +16,7 @@ from solvers import campaign_app
 from solvers.bounds.campaign import (
     HEADS,
     POSITIONS,
+    SPECTRA,
     CampaignSettings,
     Case,
     cases,
@@ -52,7 +53,11 @@ def test_the_cases_meet_every_value_and_most_pairs() -> None:
     assert {row["heads"] for row in rows} == set(HEADS)
     assert {row["depth"] for row in rows} == {1, 2, 3, 4, 5, 6}
     assert {row["activation"] for row in rows} == set(ACTIVATIONS)
-    for field in ("position", "spectrum", "biases", "grouped", "residual"):
+    # Two draws of a configuration are two of the three sorts of weights; three draws are all.
+    sorts = {(row["heads"], row["spectrum"]) for row in rows}
+    assert len(sorts) == len(HEADS) * CampaignSettings().draws
+    assert {spectrum for _, spectrum in sorts} == set(SPECTRA)
+    for field in ("position", "biases", "grouped", "residual"):
         met = {(row["heads"], row[field]) for row in rows}
         assert len(met) == len(HEADS) * len({row[field] for row in rows}), field
     met = {(row["activation"], row["position"]) for row in rows}
