@@ -24,7 +24,7 @@ from solvers.bounds.attack_search import SHORTEST, Search
 from solvers.bounds.attack_settings import AttackResult, AttackSettings, Clock
 from solvers.bounds.attack_starts import mixed_starts, random_starts, stacked_starts
 from solvers.bounds.attack_tokens import swap_attack
-from solvers.bounds.ellipsoid import Ellipsoid
+from solvers.bounds.ellipsoid import Ellipsoid, Tokens
 from solvers.bounds.stream_proof import token_domains
 
 _BLOCK_SHARE = 0.2
@@ -52,7 +52,7 @@ def attack(
     settings = settings or AttackSettings()
     model, clock = _copy(model), Clock(settings.budget_s)
     radius = model.domain_radius() if certificate is None else certificate.radius
-    domains = [Ellipsoid.ball(model.config.width, radius)] * (2 * len(model.layers))
+    domains = [Tokens.ball(model.config.width, radius)] * (2 * len(model.layers))
     if certificate is not None:
         domains = token_domains(model.config, model.state_dict(), certificate)
     block_clock = clock.part(_BLOCK_SHARE)
@@ -67,7 +67,7 @@ def attack(
 def block_attack(
     model: LipschitzTransformer,
     index: int,
-    domain: float | Ellipsoid,
+    domain: float | Ellipsoid | Tokens,
     *,
     settings: AttackSettings | None = None,
 ) -> float:
@@ -84,8 +84,10 @@ def block_attack(
     """
     settings = settings or AttackSettings()
     clock = Clock(settings.budget_s)
-    if not isinstance(domain, Ellipsoid):
-        domain = Ellipsoid.ball(model.config.width, domain)
+    if isinstance(domain, Ellipsoid):
+        domain = Tokens(domain, domain.radius, domain.radius)
+    elif not isinstance(domain, Tokens):
+        domain = Tokens.ball(model.config.width, domain)
     return _block_attack(_copy(model), index, domain, settings, clock)
 
 
@@ -100,7 +102,7 @@ def _layers(model: LipschitzTransformer) -> list[Layer]:
 def _block_attack(
     model: LipschitzTransformer,
     index: int,
-    domain: Ellipsoid,
+    domain: Tokens,
     settings: AttackSettings,
     clock: Clock,
 ) -> float:

@@ -127,3 +127,8 @@ class Tokens(NamedTuple):
     def ball(cls, width: int, radius: float) -> "Tokens":
         """Return the tokens of an embedding in the ball of ``radius``."""
         return cls(Ellipsoid.ball(width, radius), radius, radius)
+
+    def gauge(self, points: Tensor) -> Tensor:
+        """Return by which factor of these sets together each point (..., C) is held (estimate)."""
+        in_ball = points.norm(dim=-1) / max(self.radius, TINY)
+        return torch.maximum(self.domain.gauge(points), in_ball)

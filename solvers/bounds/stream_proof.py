@@ -86,13 +86,12 @@ def advance(
 
 def token_domains(
     config: ModelConfig, tensors: Mapping[str, Tensor], certificate: Certificate
-) -> list[Ellipsoid]:
-    """Return the ellipsoids that hold the tokens entering each block."""
-    tokens, domains = Tokens.ball(config.width, certificate.radius), []
-    for index in range(2 * config.layers):
-        domains.append(tokens.domain)
+) -> list[Tokens]:
+    """Return where the tokens that enter each block lie."""
+    domains = [Tokens.ball(config.width, certificate.radius)]
+    for index in range(2 * config.layers - 1):
         own = certificate.block_multipliers(index)
-        tokens = prove_block(config, tensors, index, tokens, own).tokens
+        domains.append(prove_block(config, tensors, index, domains[-1], own).tokens)
     return domains
 
 

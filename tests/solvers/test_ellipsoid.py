@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from solvers.bounds.ellipsoid import Ellipsoid
+from solvers.bounds.ellipsoid import Ellipsoid, Tokens
 from solvers.bounds.enclosure import Enclosure
 
 WIDTH, INSIDE = 6, 1 + 1e-9
@@ -99,3 +99,11 @@ def test_a_radius_never_vanishes() -> None:
     """Oracle: an ellipsoid that is not a point has a positive radius."""
     assert Ellipsoid.ball(2, 1.0)._replace(exponent=-4000).radius > 0
     assert Ellipsoid.ball(2, 0.0).radius == 0
+
+
+def test_tokens_lie_in_the_ellipsoid_and_in_the_ball() -> None:
+    """Oracle: the larger of the two gauges, by hand on the axes."""
+    shape = torch.diag(torch.tensor([9.0, 1.0], dtype=torch.float64))
+    tokens = Tokens(Ellipsoid.covering(Enclosure.exact(shape)), 2.0, 2.0)
+    points = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.5]], dtype=torch.float64)
+    assert tokens.gauge(points).tolist() == pytest.approx([1.5, 1.0, 0.5], rel=1e-6)
