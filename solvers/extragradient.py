@@ -6,6 +6,7 @@ step, O(1/k) with a resolvent too) and ``eag_v`` (varying step).
 Source: spec halpern_solvers 2.4 and 2.7.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -72,7 +73,7 @@ class Extragradient:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anchored(Extragradient):
+class Anchored(Extragradient, ABC):
     """An extragradient method with an anchor, which moves when the residual has shrunk enough.
 
     Attributes:
@@ -89,9 +90,9 @@ class Anchored(Extragradient):
         within("restart_factor", self.restart_factor, 0.0, 1 - 1e-6)
         within("relax_lipschitz", self.relax_lipschitz, 1e-3, 1.0)
 
+    @abstractmethod
     def _weights(self, state: MonotoneState) -> tuple[float, float, float]:
         """Return the weight of the anchor and ``eta L`` of the half and the full step."""
-        raise NotImplementedError
 
     def step(self, oracle: Oracle, state: MonotoneState) -> MonotoneState:
         """Take an anchored step, then restart when the residual has shrunk enough."""

@@ -6,6 +6,7 @@ Source: spec halpern_solvers 1.4, 2.10 and 5.1.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +22,7 @@ Step = float | Tensor
 _CONJUGATE_ROOM = 1e-9  # relative overshoot of a dual norm that counts as rounding
 
 
-class ConvexResolvent:
+class ConvexResolvent(ABC):
     """What every resolvent of a subdifferential offers.
 
     Attributes:
@@ -30,9 +31,9 @@ class ConvexResolvent:
 
     separable: ClassVar[bool] = False
 
+    @abstractmethod
     def __call__(self, z: Tensor, step: Step) -> Tensor:
         """Return ``argmin_u g(u) + |u - z|^2 / (2 step)``, of the shape of ``z``."""
-        raise NotImplementedError
 
     def diameter(self, like: Tensor) -> float | None:
         """Return the largest distance of two points of the domain, None when it is unbounded.
@@ -50,9 +51,9 @@ class ConvexResolvent:
         """Return ``g(z)`` for ``z`` in the domain, which is not tested; 0 for an indicator."""
         return 0.0
 
+    @abstractmethod
     def conjugate(self, v: Tensor) -> float:
         """Return ``sup_u <v, u> - g(u)``, infinity where the supremum is not finite."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,7 @@ from solvers.bounds.stream_proof import Stream, advance
 
 log = logging.getLogger(__name__)
 
-__all__ = ["TightenSettings", "certify", "naive_bound", "with_totals"]
+__all__ = ["TightenSettings", "certify", "naive_bound"]
 
 
 @torch.no_grad()
@@ -65,15 +65,19 @@ def certify(
     settings = settings or TightenSettings()
     config, tensors = model.config, _state(model)
     check_weights(tensors)
-    radius = model.domain_radius()
-    chains = _prove_blocks(config, tensors, radius, [None] * (2 * config.layers))
+    radius, references = model.domain_radius(), reference_constants(config, tensors)
+    chains = None
     if tighten:
         try:
             found = search_network(config, tensors, radius, settings, _with_bar, warm or {})
-            chains = _prove_blocks(config, tensors, radius, found, settings.method)
-        except (CertificateError, RuntimeError) as error:  # torch's LinAlgError is one
+            chains = _prove_blocks(config, tensors, radius, references[0], found, settings.method)
+        except (CertificateError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             log.warning("no multipliers can be proved (%s); norms alone are stored", error)
-    return _assemble(config, tensors, radius, chains, {"tighten": tighten, **asdict(settings)})
+    if chains is None:
+        nothing = [None] * (2 * config.layers)
+        chains = _prove_blocks(config, tensors, radius, references[0], nothing)
+    record = {"tighten": tighten, **asdict(settings)}
+    return _assemble(config, tensors, radius, references, chains, record)
 
 
 def naive_bound(model: LipschitzTransformer) -> float:
@@ -93,13 +97,13 @@ def _prove_blocks(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     radius: float,
+    references: Sequence[float],
     found: Sequence[BlockFound | None],
     method: str = "",
 ) -> _Chains:
     stream = Stream.start(config.width, radius)
     blocks: list[BlockProof] = []
     multipliers: dict[str, Tensor] = {}
-    references, _ = reference_constants(config, tensors)
     for index, block_found in enumerate(found):
         own = block_found.at(stream) if block_found else {}
         bound, after = advance(config, tensors, index, stream, own)
@@ -116,10 +120,11 @@ def _assemble(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     radius: float,
+    references: tuple[list[float], float],
     chains: _Chains,
     settings: Mapping[str, Any],
 ) -> Certificate:
-    references, ends = reference_constants(config, tensors)
+    factors = [*references[0], references[1]]
     head, pair = head_norms(config, tensors["head.weight"])
     certificate = Certificate(
         width=config.width,
@@ -128,11 +133,11 @@ def _assemble(
         blocks=chains.blocks,
         head_norm=_stored(head),
         pair_norm=_stored(pair),
-        reference=product_up([*references, ends]),
+        reference=product_up(factors),
         stream=0.0,
         naive=0.0,
         tightened=0.0,
-        log10_reference=log10_up([*references, ends]),
+        log10_reference=log10_up(factors),
         log10_naive=0.0,
         log10_tightened=0.0,
         weights_sha256=tensors_sha256(tensors),
@@ -142,10 +147,10 @@ def _assemble(
         settings=settings,
         versions={"torch": torch.__version__, "python": platform.python_version()},
     )
-    return with_totals(certificate, config, tensors["head.weight"], chains.changes)
+    return _with_totals(certificate, config, tensors["head.weight"], chains.changes)
 
 
-def with_totals(
+def _with_totals(
     certificate: Certificate, config: ModelConfig, head_VC: Tensor, changes: Ellipsoid
 ) -> Certificate:
     """Return the certificate with its network bounds, from its blocks and the stream's changes."""

@@ -7,6 +7,7 @@ Source: spec bound_tightening 6.1 (low-rank mode); the reduction is a Schur comp
 
 # Shape letters: D dimension of a term, H half of it, R vectors returned, K columns of a basis.
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Spectrum(NamedTuple):
     vectors_DR: Tensor
 
 
-class Engine:
+class Engine(ABC):
     """Finds the part of a term's spectrum that a smoothing ``mu`` sees.
 
     Attributes:
@@ -50,9 +51,9 @@ class Engine:
     def __init__(self, term: Term) -> None:
         self.term = term
 
+    @abstractmethod
     def __call__(self, theta_N: Tensor, mu: float) -> Spectrum:
         """Return the top eigenpairs at ``theta``."""
-        raise NotImplementedError
 
     def top(self, theta_N: Tensor) -> float:
         """Return the largest eigenvalue, exact to rounding in float64."""
