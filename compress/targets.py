@@ -49,12 +49,15 @@ class Problem:
         weight_IO: The map, one row per input (float64).
         unit: Inputs per component.
         ridge: Penalty on changes of the weights, relative to the mean diagonal of the Gram.
+        mean_I: Mean of ``x`` over tokens (float64) where the Gram is not centred; scores that
+            look at variances need it.
     """
 
     gram_II: Tensor
     weight_IO: Tensor
     unit: int = 1
     ridge: float = 1e-6
+    mean_I: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check that the shapes belong together."""
