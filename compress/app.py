@@ -17,6 +17,7 @@ from common.corpus import Corpus, prepare_corpus
 from common.device import resolve_device
 from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
+from compress.adapters import adapter_for
 from compress.frontier import frontier_point, frontier_points
 from compress.measure import bits_per_byte, mlp_speedup
 from compress.pruner import Survey, survey
@@ -86,7 +87,7 @@ def _texts(corpus: Corpus, bundle: Bundle, settings: CompressConfig) -> tuple[Te
 def _survey(bundle: Bundle, tokens_BT: Tensor, settings: CompressConfig) -> Survey | None:
     if not settings.frontier:
         return None
-    return survey(bundle.model, tokens_BT, settings, keeps=settings.frontier)
+    return survey(adapter_for(bundle.model), tokens_BT, settings, keeps=settings.frontier)
 
 
 def _metrics(
@@ -101,7 +102,7 @@ def _metrics(
     fits = report.pruning.fits
     return {
         "compress/removed_fraction": report.removed_fraction,
-        "compress/mlp_neurons_removed": sum(fit.target.inputs - len(fit.kept_K) for fit in fits),
+        "compress/mlp_neurons_removed": report.pruning.removed("mlp"),
         "compress/params": model.num_parameters,
         "compress/params_before": dense.model.num_parameters,
         "compress/bundle_bytes": _weight_bytes(pruned.path) / _weight_bytes(dense.path),

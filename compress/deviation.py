@@ -10,7 +10,7 @@ Source: spec modhifi 5.2 (form B), bound_tightening 2.2 and 5; the chord interva
 # Legend: C width, F MLP width, N elementwise nonlinearities.
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Deviation:
 def certified_deviation(
     dense: Any,
     pruned: Any,
-    kept: Sequence[Tensor],
+    kept: Mapping[str, Tensor],
     certificate: Certificate,
     *,
     max_evals: int = 20,
@@ -66,7 +66,7 @@ def certified_deviation(
     Args:
         dense: Transformer the certificate speaks about.
         pruned: The same one with fewer MLP neurons and new down projections.
-        kept: Per layer, indices of the kept neurons.
+        kept: Indices of the kept neurons per target name; all of them where none is named.
         certificate: Proof of the dense transformer.
         max_evals: Budget of eigen-decompositions per layer to tighten the bound; 0 is sound too.
 
@@ -79,7 +79,8 @@ def certified_deviation(
     _require_same_frame(dense, pruned)
     tokens = Tokens.ball(certificate.width, certificate.radius)
     deltas, radii, blocks = [], [], []
-    for index, kept_K in enumerate(kept):
+    for index, layer in enumerate(dense.layers):
+        kept_K = kept.get(f"layers.{index}.mlp", torch.arange(layer.layer.mlp_width))
         attention, mlp = certificate.blocks[2 * index : 2 * index + 2]
         radii.append(tokens.radius)
         attention, tokens = _prove_again(dense, certificate, attention, tokens)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from common.certificate import Certificate
+from compress.adapters import LipschitzAdapter
+from compress.adapters.lipschitz import amplifications
 from compress.measure import bits_per_byte
 from compress.pruner import Survey, prune_model
 from compress.record import PruneReport, make_report
@@ -37,9 +39,10 @@ def frontier_points(
     """
     tokens_BT, windows_BT = texts
     points = []
+    gains = amplifications(LipschitzAdapter(dense), certificate)
     for keep in sorted(set(report.settings.frontier) - {report.settings.keep}, reverse=True):
         settings = dataclasses.replace(report.settings, keep=keep, order="one_shot")
-        pruning = prune_model(dense, certificate, tokens_BT, settings, found=found)
+        pruning = prune_model(dense, tokens_BT, settings, gains=gains, found=found)
         # A few multiplier steps matter for the product's own bundle, not for a curve.
         other = make_report(dense, certificate, pruning, windows_BT[:, :-1], settings, max_evals=0)
         bits = bits_per_byte(pruning.model, windows_BT, bytes_per_token)

@@ -1,28 +1,21 @@
-"""Streaming second moments of the inputs of prunable maps, and the walk that visits them.
+"""Streaming second moments of the inputs of prunable maps.
 
 Sums are kept in float64; products of one chunk of rows may be formed in float32. Statistics of
 separate parts add up, in any order. Source: arXiv 2511.19566 (Gram identity: our derivation).
 """
 
-# Legend: B sequences, T tokens, C width, I inputs of the pruned map, M rows (tokens).
-
-import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+# Legend: I inputs of the pruned map, M rows (tokens), P columns of a panel.
 
 import torch
 from torch import Tensor
 
 from common.errors import DataError, ShapeError
 
-log = logging.getLogger(__name__)
-
 CHUNK_ROWS = 8192
 """Rows per float32 product: longer sums lose digits before they reach float64."""
 PANEL = 128
 """Columns per panel: only panels on and above the diagonal are multiplied."""
 MAX_SKIPPED = 1e-3
-ROWS_PER_INPUT = 2
 
 
 class Moments:
@@ -108,102 +101,3 @@ def _add_product(second_II: Tensor, chunk_MI: Tensor) -> None:
     for start in range(0, inputs, PANEL):
         panel_MP = chunk_MI[:, start : start + PANEL]
         second_II[start : start + PANEL, start:] += panel_MP.T @ chunk_MI[:, start:]
-
-
-class Calibration:
-    """The residual streams of the calibration text, moved through the model layer by layer.
-
-    Only the stream of one position in depth is held, so that memory does not grow with depth.
-    The last sequences are held out: they measure the error of what the others chose.
-
-    Args:
-        model: Transformer; its embedding starts the streams.
-        tokens_BT: Token ids (sequences, length).
-        holdout: Fraction of the sequences to hold out, at least one unless zero.
-        batch_tokens: Tokens processed at a time.
-    """
-
-    def __init__(
-        self, model: Any, tokens_BT: Tensor, *, holdout: float = 0.1, batch_tokens: int = 16384
-    ):
-        sequences, length = tokens_BT.shape
-        held = min(sequences - 1, max(1, round(holdout * sequences))) if holdout > 0 else 0
-        if sequences < 1:
-            raise DataError(f"{sequences} calibration sequences: expected at least 1; add text")
-        per_batch = max(1, batch_tokens // length)
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            self.streams = [
-                model.embed(part.to(device))
-                for group in tokens_BT.split([sequences - held, held])
-                for part in group.split(per_batch)
-                if len(part)
-            ]
-        self.fitted = -(-(sequences - held) // per_batch)
-        self.tokens = (sequences - held) * length
-
-    @torch.no_grad()
-    def apply(self, block: Callable[[Tensor], Tensor]) -> None:
-        """Replace every stream by ``block(stream)``."""
-        self.streams = [block(x_BTC) for x_BTC in self.streams]
-
-    @torch.no_grad()
-    def moments(
-        self,
-        inputs: Callable[[Tensor], Tensor],
-        width: int,
-        *,
-        block: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> tuple[Moments, Moments]:
-        """Return the statistics of ``inputs(stream)``: fitted part and held-out part.
-
-        With nothing held out both are the fitted part.
-
-        Args:
-            inputs: From a stream (B, T, C) to rows (B, T, width).
-            width: Length of a row.
-            block: If given, every stream is replaced by ``block(stream, rows)`` on the way.
-        """
-        device = self.streams[0].device
-        fitted, held = Moments(width, device), Moments(width, device)
-        for index, x_BTC in enumerate(self.streams):
-            rows_BTI = inputs(x_BTC)
-            (fitted if index < self.fitted else held).update(rows_BTI)
-            if block is not None:
-                self.streams[index] = block(x_BTC, rows_BTI)
-        if fitted.count < ROWS_PER_INPUT * width:
-            log.warning(
-                "%d calibration tokens for %d inputs: the fit is unreliable below %d; "
-                "raise compress.tokens",
-                fitted.count,
-                width,
-                ROWS_PER_INPUT * width,
-            )
-        return fitted, held if held.count else fitted
-
-
-def collect(model: Any, calibration: Calibration) -> Iterator[tuple[int, Moments, Moments]]:
-    """Walk the dense model once and yield the statistics of every MLP's down projection.
-
-    Args:
-        model: Transformer.
-        calibration: Fresh streams; they end up after the last attention block.
-
-    Yields:
-        Layer index, fitted and held-out statistics.
-    """
-    for index, layer in enumerate(model.layers):
-        calibration.apply(layer.attend_block)
-        is_last = index + 1 == len(model.layers)
-        fitted, held = calibration.moments(
-            layer.mlp.hidden,
-            layer.mlp.down.in_features,
-            block=None if is_last else _finish_block(layer),
-        )
-        yield index, fitted, held
-
-
-def _finish_block(layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the MLP block for hidden activations that are already known."""
-    a = layer.layer.mlp_residual
-    return lambda x_BTC, rows_BTI: (1 - a) * x_BTC + a * layer.mlp.down(rows_BTI)

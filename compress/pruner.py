@@ -1,40 +1,40 @@
-"""Pruning a model: survey the dense layers, share the budget, refit layer by layer, cut."""
+"""Pruning a model: survey the dense model, share the budget, refit place by place, cut."""
 
-# Legend: B sequences, T tokens, C width, K kept inputs.
+# Legend: N calibration inputs (sequences or images), K kept inputs.
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from common.certificate import Certificate
+from common.errors import ConfigError
+from compress.adapters import Adapter, adapter_for
 from compress.allocate import Curve, allocate
 from compress.fidelity import Ranking, rank
-from compress.fit import LayerFit, fit_layer, make_problem
-from compress.grams import Calibration, Moments, collect
+from compress.fit import Fit, fit_target, make_problem
 from compress.settings import CompressConfig
-from compress.surgery import shrink
-from compress.targets import Target, mlp_targets
+from compress.statistics import Statistics, collect
+from compress.streams import Streams
+from compress.targets import Target
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Survey:
-    """Statistics of every layer of the dense model.
+    """What is known about the dense model.
 
     Attributes:
-        targets: Prunable places.
-        moments: Fitted and held-out statistics per layer; empty unless asked for.
-        rankings: Order of removal per layer.
+        targets: Prunable places that the settings name.
+        statistics: Second moments of what enters them.
+        rankings: Order of removal per target name.
     """
 
     targets: tuple[Target, ...]
-    moments: tuple[tuple[Moments, Moments], ...]
-    rankings: tuple[Ranking, ...]
+    statistics: Statistics
+    rankings: Mapping[str, Ranking]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,160 +42,203 @@ class Pruning:
     """A pruned model and how it came about.
 
     Attributes:
-        model: New transformer.
-        fits: One per layer.
+        model: New model.
+        fits: One per pruned place.
     """
 
     model: Any
-    fits: tuple[LayerFit, ...]
+    fits: tuple[Fit, ...]
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
-        """Kept neurons per layer."""
-        return tuple(fit.kept_K for fit in self.fits)
+    def kept(self) -> dict[str, Tensor]:
+        """Kept inputs per target name."""
+        return {fit.target.name: fit.kept_K for fit in self.fits}
+
+    def removed(self, kind: str | None = None) -> int:
+        """Return the number of removed components, of one kind or of all."""
+        fits = [fit for fit in self.fits if kind in (None, fit.target.kind)]
+        return sum(fit.target.components - len(fit.kept_K) // fit.target.unit for fit in fits)
 
     @property
     def removed_fraction(self) -> float:
-        """Removed share of the MLP parameters."""
-        total = sum(fit.target.cost * fit.target.components for fit in self.fits)
-        stay = sum(fit.target.cost * (len(fit.kept_K) // fit.target.unit) for fit in self.fits)
-        return 1 - stay / total
+        """Removed share of the parameters of the pruned places."""
+        total = sum(fit.target.params * fit.target.components for fit in self.fits)
+        stay = sum(fit.target.params * (len(fit.kept_K) // fit.target.unit) for fit in self.fits)
+        return 1 - stay / total if total else 0.0
 
 
 def survey(
-    model: Any,
-    tokens_BT: Tensor,
-    settings: CompressConfig,
-    *,
-    keeps: Sequence[float] = (),
-    hold: bool = True,
+    adapter: Adapter, inputs: Tensor, settings: CompressConfig, *, keeps: Sequence[float] = ()
 ) -> Survey:
-    """Rank the components of every layer on the dense model's own activations.
+    """Rank the components of every place on the dense model's own activations.
 
     Args:
-        model: Dense transformer.
-        tokens_BT: Calibration tokens (sequences, length).
+        adapter: Dense model.
+        inputs: Calibration tokens (N, T) or images (N, ...).
         settings: Score, ridge, least kept fraction.
-        keeps: Budgets that the ranking has to reach, besides ``settings.keep``.
-        hold: Keep the statistics, as one-shot pruning needs them.
+        keeps: Budgets that the rankings have to reach, besides those of the settings.
     """
-    targets = mlp_targets(model.config)
-    calibration = Calibration(model, tokens_BT, holdout=settings.holdout)
-    moments, rankings = [], []
-    for index, fitted, held in collect(model, calibration):
-        target = targets[index]
-        problem = make_problem(model, target, fitted, settings)
-        fewest = min(
-            settings.least_kept(target.components, keep) for keep in (settings.keep, *keeps)
-        )
-        rankings.append(rank(problem, settings.score, keep=fewest, seed=settings.seed))
-        if hold:
-            moments.append((fitted, held))
-    return Survey(targets=targets, moments=tuple(moments), rankings=tuple(rankings))
+    targets = chosen_targets(adapter, settings)
+    statistics = collect(adapter, inputs, targets, holdout=settings.holdout)
+    rankings = {}
+    for target in targets:
+        problem = make_problem(adapter, target, statistics.fitted[target.name], settings)
+        budgets = (settings.keep_for(target.kind), *keeps)
+        fewest = min(settings.least_kept(target.components, keep) for keep in budgets)
+        rankings[target.name] = rank(problem, settings.score, keep=fewest, seed=settings.seed)
+    return Survey(targets=targets, statistics=statistics, rankings=rankings)
+
+
+def chosen_targets(adapter: Adapter, settings: CompressConfig) -> tuple[Target, ...]:
+    """Return the places whose budget is below 1.
+
+    Raises:
+        ConfigError: when the model has none at all.
+    """
+    found = adapter.targets()
+    if not found:
+        raise ConfigError(f"{type(adapter.model).__name__}: nothing in it can be pruned")
+    chosen = tuple(target for target in found if settings.keep_for(target.kind) < 1)
+    # Keeping everything is a no-op on the first kind of place, not an empty job.
+    return chosen or tuple(target for target in found if target.kind != "heads") or found
 
 
 def share_budget(
-    model: Any,
+    targets: Sequence[Target],
     found: Survey | None,
-    certificate: Certificate,
+    gains: Mapping[str, float] | None,
     settings: CompressConfig,
-) -> list[int]:
-    """Return the number of components that each layer keeps.
+) -> dict[str, int]:
+    """Return the number of components that each place keeps.
 
     Args:
-        model: Dense transformer.
-        found: Its survey; needed for ``allocation=certified``.
-        certificate: Its proof, for the downstream constants.
-        settings: ``keep``, ``allocation``, ``align``, ``min_keep``.
+        targets: The places.
+        found: Their survey; needed unless ``allocation=uniform``.
+        gains: Certified amplification of each place's error, if there is a certificate.
+        settings: ``keep``, ``keep_heads``, ``allocation``, ``align``, ``min_keep``.
     """
-    targets = mlp_targets(model.config)
-    curves = []
-    for index, target in enumerate(targets):
-        least = settings.least_kept(target.components, settings.keep)
-        errors = [0.0] * (target.components - least + 1)
-        if found is not None:
-            errors = found.rankings[index].curve[: len(errors)].clamp(min=0).sqrt().tolist()
-        residual = model.config.layer(index).mlp_residual
-        curves.append(
-            Curve(
-                components=target.components,
-                cost=target.cost,
-                errors=errors,
-                amplification=residual * certificate.amplification(2 * index + 1),
+    counts = {}
+    for is_heads in (False, True):
+        group = [target for target in targets if (target.kind == "heads") == is_heads]
+        if not group:
+            continue
+        keep = settings.keep_for(group[0].kind)
+        curves = []
+        for target in group:
+            least = settings.least_kept(target.components, keep)
+            errors = [0.0] * (target.components - least + 1)
+            if found is not None:
+                errors = found.rankings[target.name].curve[: len(errors)]
+                errors = errors.clamp(min=0).sqrt().tolist()
+            gain = gains[target.name] if gains else 1.0
+            curves.append(
+                Curve(
+                    components=target.components,
+                    cost=target.params,
+                    errors=errors,
+                    amplification=gain,
+                )
             )
-        )
-    return allocate(curves, settings.keep, settings.allocation, align=settings.align)
+        align = 1 if is_heads else settings.align
+        shared = allocate(curves, keep, settings.allocation, align=align)
+        counts |= {target.name: count for target, count in zip(group, shared, strict=True)}
+    return counts
 
 
 def prune_model(
     model: Any,
-    certificate: Certificate,
-    tokens_BT: Tensor,
+    inputs: Tensor,
     settings: CompressConfig,
     *,
+    gains: Mapping[str, float] | None = None,
     found: Survey | None = None,
 ) -> Pruning:
-    """Remove MLP components of a transformer and refit what stays.
+    """Remove components of a model and refit what stays.
 
     Args:
-        model: Dense transformer; not modified.
-        certificate: Its proof.
-        tokens_BT: Calibration tokens (sequences, length).
+        model: Dense model of a family that ``adapter_for`` knows; not modified.
+        inputs: Calibration tokens (N, T) or images (N, ...).
         settings: Everything else.
-        found: A survey of the same model and tokens that reaches ``settings.keep``.
+        gains: Certified amplification of each place's error; needed by ``allocation=certified``.
+        found: A survey of the same model and inputs that reaches the budgets.
 
     Returns:
-        The smaller model and the per-layer decisions.
+        The smaller model and the decisions.
     """
+    adapter = adapter_for(model)
+    if settings.allocation == "certified" and gains is None:
+        raise ConfigError(
+            "compress.allocation=certified: expected a model with a certificate; "
+            "choose uniform, global or rms"
+        )
     if found is None and (settings.allocation != "uniform" or settings.order == "one_shot"):
-        found = survey(model, tokens_BT, settings, hold=settings.order == "one_shot")
-    counts = share_budget(model, found, certificate, settings)
+        found = survey(adapter, inputs, settings)
+    targets = chosen_targets(adapter, settings)
+    counts = share_budget(targets, found, gains, settings)
+    copy = adapter.working_copy()
     if settings.order == "one_shot":
         assert found is not None
-        fits = [
-            fit_layer(model, target, *moments, count, settings, ranking=ranking)
-            for target, moments, count, ranking in zip(
-                found.targets, found.moments, counts, found.rankings, strict=True
-            )
-        ]
+        fits = _fit_at_once(copy, targets, found, counts, settings)
     else:
-        fits = _fit_in_order(model, tokens_BT, counts, settings)
-    pruned = shrink(
-        model, [f.kept_K for f in fits], [f.down_OK for f in fits], [f.bias_O for f in fits]
-    )
+        fits = _fit_in_order(copy, targets, inputs, counts, settings)
+    pruned = copy.cut({fit.target.name: fit.kept_K for fit in fits})
     return Pruning(model=pruned, fits=tuple(fits))
 
 
-def _fit_in_order(
-    model: Any, tokens_BT: Tensor, counts: Sequence[int], settings: CompressConfig
-) -> list[LayerFit]:
-    """Fit each layer on activations that the already pruned layers before it produce."""
-    calibration = Calibration(model, tokens_BT, holdout=settings.holdout)
+def _fit_at_once(
+    copy: Adapter,
+    targets: Sequence[Target],
+    found: Survey,
+    counts: Mapping[str, int],
+    settings: CompressConfig,
+) -> list[Fit]:
+    """Fit every place on what the dense model feeds it."""
     fits = []
-    for target, count in zip(mlp_targets(model.config), counts, strict=True):
-        layer = model.layers[target.layer]
-        calibration.apply(layer.attend_block)
-        fitted, held = calibration.moments(layer.mlp.hidden, target.inputs)
-        fit = fit_layer(model, target, fitted, held, count, settings)
-        log.info(
-            "layer %d: kept %d of %d components, relative error %.2e (held out %.2e)",
-            target.layer,
-            count,
-            target.components,
-            fit.error,
-            fit.held_error,
+    for target in targets:
+        fit = fit_target(
+            copy,
+            target,
+            found.statistics.fitted[target.name],
+            found.statistics.held[target.name],
+            counts[target.name],
+            settings,
+            ranking=found.rankings[target.name],
         )
-        calibration.apply(_pruned_block(layer, fit))
+        copy.write(target, fit.weight_IO, fit.bias_O)
         fits.append(fit)
     return fits
 
 
-def _pruned_block(layer: Any, fit: LayerFit) -> Any:
-    def block(x_BTC: Tensor) -> Tensor:
-        hidden_BTK = layer.mlp.hidden(x_BTC)[..., fit.kept_K]
-        bias_O = layer.mlp.down.bias if fit.bias_O is None else fit.bias_O
-        branch_BTC = torch.nn.functional.linear(hidden_BTK, fit.down_OK, bias_O)
-        a = layer.layer.mlp_residual
-        return (1 - a) * x_BTC + a * branch_BTC
-
-    return block
+def _fit_in_order(
+    copy: Adapter,
+    targets: Sequence[Target],
+    inputs: Tensor,
+    counts: Mapping[str, int],
+    settings: CompressConfig,
+) -> list[Fit]:
+    """Fit each place on activations that the already pruned places before it produce."""
+    streams = Streams(copy, inputs, settings.holdout)
+    named = {target.name: target for target in targets}
+    fits = []
+    for stage in copy.stages():
+        for name in stage.targets:
+            if name not in named:
+                continue
+            target = named[name]
+            moments = streams.moments(stage, target)
+            fit = fit_target(copy, target, *moments, counts[name], settings)
+            copy.write(target, fit.weight_IO, fit.bias_O)
+            fits.append(fit)
+            log.info(
+                "%s: kept %d of %d components, relative error %.2e (held out %.2e)",
+                name,
+                counts[name],
+                target.components,
+                fit.error,
+                fit.held_error,
+            )
+        if len(fits) == len(targets):
+            break
+        copy.recalibrate(stage, streams.fitted)
+        streams.advance(stage)
+    return fits

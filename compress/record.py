@@ -13,8 +13,10 @@ from common.bundle import Bundle, save_bundle
 from common.certificate import Certificate
 from common.errors import BundleError, CertificateError, ConfigError, DataError
 from common.norms import round_up
+from compress.adapters import LipschitzAdapter
+from compress.adapters.lipschitz import amplifications
 from compress.deviation import Deviation, certified_deviation
-from compress.fit import LayerFit
+from compress.fit import Fit
 from compress.measure import Measured, measure_deviation
 from compress.pruner import Pruning, Survey, prune_model
 from compress.settings import CompressConfig
@@ -108,7 +110,8 @@ def prune(
     certificate = require_certificate(bundle)
     check_model(bundle.config, settings)
     held_BT = tokens_BT if held_BT is None else held_BT
-    pruning = prune_model(bundle.model, certificate, tokens_BT, settings, found=found)
+    gains = amplifications(LipschitzAdapter(bundle.model), certificate)
+    pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found)
     report = make_report(bundle.model, certificate, pruning, held_BT, settings)
     where = Path(path) if path is not None else bundle.path.with_name(f"{bundle.path.name}-pruned")
     saved = save_bundle(
@@ -223,8 +226,8 @@ def _proved_share(measured: Measured, deviation: Deviation) -> float:
     return float((measured.margins_M > moved).double().mean())
 
 
-def _layer_record(fit: LayerFit, deviation: Deviation, measured: Measured) -> dict[str, Any]:
-    block = 2 * fit.target.layer + 1
+def _layer_record(fit: Fit, deviation: Deviation, measured: Measured) -> dict[str, Any]:
+    block = 2 * fit.target.layer + (fit.target.kind == "mlp")
     return {
         "layer": fit.target.layer,
         "kind": fit.target.kind,

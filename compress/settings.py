@@ -10,6 +10,7 @@ from compress.compensate import METHODS
 from compress.fidelity import SCORES
 
 ORDERS = ("sequential", "one_shot")
+AUTO = "auto"
 ENOUGH_TOKENS = 10
 """Tokens per input from which the small default ridge is safe."""
 
@@ -19,12 +20,14 @@ class CompressConfig:
     """Settings of one pruning run.
 
     Attributes:
-        keep: Fraction of the MLP parameters that stays, in (0, 1].
+        keep: Fraction of the parameters of MLPs (or convolutions) that stays, in (0, 1].
+        keep_heads: The same for attention heads, which go in groups that share keys and values.
         score: Which components go first; name in ``fidelity.SCORES``.
-        comp: How the kept weights make up for the removed ones; ``compensate.METHODS``.
+        comp: How the kept weights make up for the removed ones: name in ``compensate.METHODS``,
+            or ``auto``: ``lsq_capped`` where there is a certificate to keep, else ``lsq``.
         tau: Cap of ``lsq_capped``: allowed growth of the product of a block's two spectral
             norms; 1 keeps the block's naive constant, ``inf`` lifts the cap.
-        bias: Let the down projection's bias absorb the mean of what is removed.
+        bias: Let the bias of the pruned map absorb the mean of what is removed.
         allocation: How layers share the budget; name in ``allocate.ALLOCATORS``.
         order: ``sequential`` refits each layer on the already pruned prefix, ``one_shot`` uses
             the dense model's activations.
@@ -41,8 +44,9 @@ class CompressConfig:
     """
 
     keep: float = 0.75
+    keep_heads: float = 1.0
     score: str = "obs"
-    comp: str = "lsq_capped"
+    comp: str = AUTO
     tau: float = 1.0
     bias: bool = False
     allocation: str = "uniform"
@@ -60,11 +64,12 @@ class CompressConfig:
     def __post_init__(self) -> None:
         """Check every value."""
         check_types(self)
-        for name, value in (("keep", self.keep), *(("frontier", f) for f in self.frontier)):
+        budgets = (("keep", self.keep), ("keep_heads", self.keep_heads))
+        for name, value in (*budgets, *(("frontier", f) for f in self.frontier)):
             within(f"compress.{name}", value, 0.0, 1.0)
             positive(f"compress.{name}", value)
         one_of("compress.score", self.score, SCORES)
-        one_of("compress.comp", self.comp, METHODS)
+        one_of("compress.comp", self.comp, (AUTO, *METHODS))
         one_of("compress.allocation", self.allocation, ALLOCATORS)
         one_of("compress.order", self.order, ORDERS)
         if not self.tau > 0 or math.isnan(self.tau):
@@ -77,6 +82,16 @@ class CompressConfig:
             positive(f"compress.{name}", getattr(self, name))
         if self.length is not None:
             positive("compress.length", self.length)
+
+    def keep_for(self, kind: str) -> float:
+        """Return the budget of one kind of target."""
+        return self.keep_heads if kind == "heads" else self.keep
+
+    def comp_for(self, *, certifiable: bool) -> str:
+        """Return the compensation for a model with or without a certificate to keep."""
+        if self.comp != AUTO:
+            return self.comp
+        return "lsq_capped" if certifiable else "lsq"
 
     def ridge_for(self, tokens: int, inputs: int) -> float:
         """Return the relative ridge for a layer of ``inputs`` fitted on ``tokens``."""

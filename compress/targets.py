@@ -1,19 +1,21 @@
 """What can be removed: components as blocks of neighbouring inputs of a linear map.
 
-A neuron is a block of one input of the down projection, a MaxMin pair a block of two; an
-attention head would be a block of ``head_dim`` inputs of the output projection. Everything
-downstream (scores, allocation, compensation) sees only blocks.
+A neuron is a block of one input of the down projection, a MaxMin pair a block of two, a group of
+attention heads that shares keys and values a block of the output projection's inputs, a channel
+the taps of a convolution that read it. Everything downstream (scores, allocation, compensation)
+sees only blocks; RoPE pairs stay whole because heads do.
 """
 
 # Legend: I inputs of the pruned map, O its outputs, U inputs per component.
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import ShapeError
+
+KINDS = ("mlp", "heads", "channels")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,18 +23,22 @@ class Target:
     """One place of the model whose inputs can be removed.
 
     Attributes:
-        layer: Layer index.
-        kind: Which map of the layer; ``"mlp"`` is the down projection.
-        inputs: Inputs of the map before pruning.
-        unit: Inputs per component; they stay or go together.
-        cost: Parameters that disappear with one component.
+        name: Unique within the model: ``layers.0.mlp``, ``layers.0.heads``.
+        layer: Layer index, for reports.
+        kind: One of ``KINDS``.
+        inputs: Inputs of the pruned linear map; im2col columns for a convolution.
+        unit: Neighbouring inputs per component; they stay or go together.
+        params: Parameters that disappear with one component, on average over the components.
+        flops: Operations (2 per multiply-add) per token or image that disappear with it.
     """
 
+    name: str
     layer: int
     kind: str
     inputs: int
     unit: int
-    cost: int
+    params: int
+    flops: float
 
     @property
     def components(self) -> int:
@@ -82,28 +88,6 @@ class Problem:
     def energy(self) -> float:
         """Mean square of the complete output, ``tr(W' G W)``."""
         return float((self.weight_IO * (self.gram_II @ self.weight_IO)).sum())
-
-
-def mlp_targets(config: Any) -> tuple[Target, ...]:
-    """Return the MLP of every layer of a transformer as a target.
-
-    Args:
-        config: ``ModelConfig``; per-layer widths and activations may differ.
-    """
-    targets = []
-    for index in range(config.layers):
-        layer = config.layer(index)
-        per_input = 2 * config.width + int(layer.mlp_bias)
-        targets.append(
-            Target(
-                layer=index,
-                kind="mlp",
-                inputs=layer.mlp_width,
-                unit=layer.unit,
-                cost=layer.unit * per_input,
-            )
-        )
-    return tuple(targets)
 
 
 def block_indices(components: Tensor, unit: int) -> Tensor:
