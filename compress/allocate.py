@@ -1,15 +1,15 @@
-"""How many components each layer keeps under one budget.
+"""How many components each layer keeps when a given amount has to go.
 
-``uniform`` keeps the same fraction everywhere; ``certified`` minimises the bound
-``sum_l D_l eps_l(k_l)`` on the expected output deviation, where ``eps_l`` is the refitted error
-curve of layer ``l`` and ``D_l`` how much the certificate lets the rest of the network amplify it;
-``rms`` minimises ``sum_l (D_l eps_l)^2``, the same for layer errors that do not add up in phase.
-The first is a bound but concave in practice: it tends to empty one layer. The second spreads.
-Source: own derivation from the error recursion of the certificate.
+``uniform`` removes the same fraction everywhere; ``global`` compares standardised scores of all
+layers with one threshold; ``certified`` minimises the bound ``sum_l D_l eps_l(k_l)`` on the
+expected output deviation, where ``eps_l`` is the refitted error curve of layer ``l`` and ``D_l``
+how much the certificate lets the rest of the network amplify it; ``rms`` minimises
+``sum_l (D_l eps_l)^2``, the same for layer errors that do not add up in phase. ``certified`` is a
+bound but concave in practice: it tends to empty one layer. ``rms`` spreads.
+Source: own derivation from the error recursion of the certificate; ``global`` after FLAP.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,51 +17,79 @@ import numpy as np
 
 from common.config import one_of
 from common.errors import ConfigError
+from compress.knapsack import Menu, cheapest, in_order
 
-EXACT_LIMIT = 10**9
-"""Elementary steps up to which the knapsack is solved exactly."""
-_REMEDY = "lower compress.min_keep or compress.align, or raise compress.keep"
+SLACK = 1e-12
+"""Relative; absorbs the rounding of ``total * (1 - keep)``."""
+REMEDY = "lower compress.min_keep or compress.align"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Curve:
-    """What removing components costs in one layer.
+    """What removing components costs in one layer, and what it frees.
 
     Attributes:
         components: Components before pruning.
-        cost: Budget units freed by one component.
+        cost: Budget units freed by one component, or a table of what removing ``r`` of them
+            frees, r = 0 .. ``components``: from 0, never falling.
         errors: ``eps(r)``: root of the mean squared error after removing ``r`` components,
-            r = 0 .. ``len(errors) - 1``; the last one is the most that may be removed.
+            r = 0 .. ``len(errors) - 1``, never falling; the last one is the most that may be
+            removed.
         amplification: ``D_l``, output deviation per unit of error.
+        align: Kept numbers are multiples of this.
+        allowed: The only kept numbers that are admissible; None admits all.
     """
 
     components: int
-    cost: int
+    cost: float | Sequence[float]
     errors: Sequence[float]
     amplification: float = 1.0
+    align: int = 1
+    allowed: frozenset[int] | None = None
 
-    def options(self, align: int) -> list[int]:
+    def __post_init__(self) -> None:
+        """Check a table of costs."""
+        if isinstance(self.cost, (int, float)):
+            return
+        table = np.asarray(self.cost, dtype=np.float64)
+        assert len(table) == self.components + 1, "the table needs one entry per number removed"
+        assert table[0] == 0, "removing nothing frees nothing"
+        assert (np.diff(table) >= 0).all(), "the table must never fall"
+
+    @property
+    def total(self) -> float:
+        """Units that removing everything would free."""
+        return float(self.freed(np.array(self.components)))
+
+    def freed(self, removed: np.ndarray) -> np.ndarray:
+        """Return the units freed by each of the given numbers of removed components."""
+        if isinstance(self.cost, (int, float)):
+            return removed * float(self.cost)
+        return np.asarray(self.cost, dtype=np.float64)[removed]
+
+    def options(self) -> np.ndarray:
         """Return the admissible numbers of removed components, 0 among them, ascending."""
-        return [
-            removed
-            for removed in range(len(self.errors))
-            if removed == 0 or (self.components - removed) % align == 0
-        ]
+        kept = self.components - np.arange(len(self.errors))
+        admissible = kept % self.align == 0
+        if self.allowed is not None:
+            admissible &= np.isin(kept, list(self.allowed))
+        admissible[0] = True
+        return admissible.nonzero()[0]
 
 
-Allocator = Callable[[Sequence[Curve], float, int], list[int]]
+Allocator = Callable[[Sequence[Curve], float], list[int]]
 
 
 def allocate(
-    curves: Sequence[Curve], keep: float, method: str = "certified", *, align: int = 1
+    curves: Sequence[Curve], keep: float, method: str = "certified", *, align: int | None = None
 ) -> list[int]:
     """Return the number of components each layer keeps.
 
     Args:
         curves: One per layer.
-        keep: Fraction of the total cost that may stay, in (0, 1].
+        keep: Fraction of the curves' total cost that may stay, in (0, 1].
         method: Name in ``ALLOCATORS``.
-        align: Kept numbers are multiples of this, except in untouched layers.
+        align: Replaces the curves' own.
 
     Returns:
         Kept components per layer; their total cost never exceeds the budget.
@@ -69,21 +97,49 @@ def allocate(
     Raises:
         ConfigError: for an unknown method or when the curves do not reach the budget.
     """
+    if align is not None:
+        curves = [dataclasses.replace(curve, align=align) for curve in curves]
+    return distribute(curves, keep, sum(curve.total for curve in curves), method)
+
+
+def distribute(
+    curves: Sequence[Curve],
+    keep: float,
+    total: float,
+    method: str = "certified",
+    *,
+    name: str = "compress.keep",
+) -> list[int]:
+    """Return the number of components each layer keeps when ``total * (1 - keep)`` has to go.
+
+    Args:
+        curves: One per layer; a layer that keeps everything need not respect ``align``.
+        keep: Fraction of ``total`` that may stay, in (0, 1].
+        total: In the units of the curves, of whatever the fraction is meant of.
+        method: Name in ``ALLOCATORS``.
+        name: What the message calls ``keep``.
+
+    Returns:
+        Kept components per layer; together they free what has to go.
+
+    Raises:
+        ConfigError: for an unknown method or when the curves do not reach the budget.
+    """
     one_of("compress.allocation", method, ALLOCATORS)
-    reach = sum(curve.cost * curve.options(align)[-1] for curve in curves)
-    if reach < needed(curves, keep):
+    reach = sum(float(curve.freed(curve.options()[-1])) for curve in curves)
+    if reach < needed(total, keep):
+        least = math.ceil(1e4 * (1 - reach / total)) / 1e4
         raise ConfigError(
-            f"compress.keep={keep}: the layers' least kept numbers leave at most {reach} of the "
-            f"{needed(curves, keep)} units to remove; {_REMEDY}"
+            f"{name}={keep}: expected at least {least:g}, all that the least kept numbers of the "
+            f"layers permit; raise {name}, or {REMEDY}"
         )
-    removed = ALLOCATORS[method](curves, keep, align)
+    removed = ALLOCATORS[method](curves, needed(total, keep))
     return [curve.components - gone for curve, gone in zip(curves, removed, strict=True)]
 
 
-def needed(curves: Sequence[Curve], keep: float) -> int:
-    """Return the budget units that have to go, rounded up."""
-    total = sum(curve.cost * curve.components for curve in curves)
-    return math.ceil(total * (1 - keep) - 1e-9 * total)
+def needed(total: float, keep: float) -> float:
+    """Return the units that have to go for ``keep`` of ``total`` to stay."""
+    return max(total * (1 - keep) - SLACK * total, 0.0)
 
 
 def objective(curves: Sequence[Curve], kept: Sequence[int]) -> float:
@@ -94,116 +150,81 @@ def objective(curves: Sequence[Curve], kept: Sequence[int]) -> float:
     )
 
 
-def _uniform(curves: Sequence[Curve], keep: float, align: int) -> list[int]:
-    removed = []
-    for curve in curves:
-        wanted = math.ceil(curve.components * (1 - keep) - 1e-9 * curve.components)
-        larger = [option for option in curve.options(align) if option >= wanted]
-        if not larger:
-            raise ConfigError(
-                f"compress.keep={keep}: a layer of {curve.components} components cannot lose "
-                f"{wanted}; {_REMEDY}"
-            )
-        removed.append(larger[0])
-    return removed
+def _menu(curve: Curve, values: np.ndarray) -> Menu:
+    """Return the options that free more than the ones before them; the others are dominated."""
+    options = curve.options()
+    freed = curve.freed(options)
+    useful = np.concatenate([[True], np.diff(freed) > 0])
+    return Menu(options[useful], freed[useful], values[options[useful]])
 
 
-def _certified(curves: Sequence[Curve], keep: float, align: int) -> list[int]:
-    """Exact knapsack where it is affordable, else greedy on the lower convex hulls."""
-    need = needed(curves, keep)
-    unit = math.gcd(*(curve.cost for curve in curves))
-    steps = -(-need // unit) * sum(len(curve.options(align)) for curve in curves)
-    return _knapsack(curves, need, align) if steps <= EXACT_LIMIT else _hull(curves, need, align)
+def _uniform(curves: Sequence[Curve], need: float) -> list[int]:
+    """Remove the smallest common fraction that frees enough, rounded up to options.
+
+    Layers alike lose the same number. A layer that has lost all it may stays there.
+    """
+    options = [curve.options() for curve in curves]
+    shares = [removed / curve.components for removed, curve in zip(options, curves, strict=True)]
+    candidates = np.unique(np.concatenate(shares))
+
+    def removed(share: float) -> list[int]:
+        places = [min(int(np.searchsorted(s, share)), len(s) - 1) for s in shares]
+        return [int(o[place]) for o, place in zip(options, places, strict=True)]
+
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        counts = removed(candidates[middle])
+        freed = sum(float(c.freed(np.array(r))) for c, r in zip(curves, counts, strict=True))
+        low, high = (low, middle) if freed >= need else (middle + 1, high)
+    return removed(candidates[high])
 
 
-def _rms(curves: Sequence[Curve], keep: float, align: int) -> list[int]:
-    squared = [
-        dataclasses.replace(
-            curve,
-            errors=[(curve.amplification * float(error)) ** 2 for error in curve.errors],
-            amplification=1.0,
-        )
-        for curve in curves
-    ]
-    return _certified(squared, keep, align)
+def _global(curves: Sequence[Curve], need: float) -> list[int]:
+    """Remove the components of lowest score, whichever layer they are in, until enough is freed.
+
+    A component's score is by how much its removal raised the mean squared error, standardised
+    (mean 0, deviation 1) over the removable components of its layer; it goes after all that were
+    removed before it, and with ``align`` or ``allowed`` only together with its whole step.
+    """
+    menus = [_menu(curve, np.asarray(curve.errors, dtype=np.float64)) for curve in curves]
+    keys = []
+    for curve, menu in zip(curves, menus, strict=True):
+        scores = np.diff(np.square(np.asarray(curve.errors, dtype=np.float64)))
+        latest = np.maximum.accumulate(_standardised(scores)) if len(scores) else scores
+        keys.append(latest[menu.removed[1:] - 1])
+    return in_order(menus, keys, need)
 
 
-def _knapsack(curves: Sequence[Curve], need: int, align: int) -> list[int]:
-    """Dynamic programme over layers; its state is the number of units removed so far."""
-    unit = math.gcd(*(curve.cost for curve in curves))
-    goal = -(-need // unit)
-    best = np.full(goal + 1, np.inf)
-    best[0] = 0.0
-    choices = []
-    for curve in curves:
-        fresh = np.full(goal + 1, np.inf)
-        choice = np.zeros((goal + 1, 2), dtype=np.int64)
-        for removed in curve.options(align):
-            shift = min(removed * (curve.cost // unit), goal)
-            value = best + curve.amplification * float(curve.errors[removed])
-            _relax(fresh, choice, value, shift, removed)
-        best = fresh
-        choices.append(choice)
-    state, counts = goal, []
-    for choice in reversed(choices):
-        counts.append(int(choice[state, 0]))
-        state = int(choice[state, 1])
-    return counts[::-1]
+def _standardised(scores: np.ndarray) -> np.ndarray:
+    # Scores that differ by rounding only count as equal.
+    floor = max(SLACK * float(np.abs(scores).max()), np.finfo(np.float64).tiny)
+    return (scores - scores.mean()) / max(float(scores.std()), floor)
 
 
-def _relax(
-    fresh: np.ndarray, choice: np.ndarray, value: np.ndarray, shift: int, removed: int
-) -> None:
-    """Offer ``removed`` as the choice that leads from each state to the one ``shift`` higher."""
-    goal = len(fresh) - 1
-    sources = np.arange(goal + 1 - shift)
-    better = value[: goal + 1 - shift] < fresh[shift:]
-    fresh[shift:][better] = value[: goal + 1 - shift][better]
-    choice[shift:, 0][better] = removed
-    choice[shift:, 1][better] = sources[better]
-    # States past the goal count as the goal.
-    if shift and (rest := value[goal + 1 - shift :]).size and rest.min() < fresh[goal]:
-        fresh[goal] = rest.min()
-        choice[goal] = removed, goal + 1 - shift + int(rest.argmin())
+def _certified(curves: Sequence[Curve], need: float) -> list[int]:
+    return _minimise(curves, need, power=1)
 
 
-def _hull(curves: Sequence[Curve], need: int, align: int) -> list[int]:
-    """Remove along the steepest hull segments; only the last one is taken in part."""
-    segments = []
-    for index, curve in enumerate(curves):
-        corners = _lower_hull(curve, align)
-        for (start, low), (end, high) in itertools.pairwise(corners):
-            segments.append(((high - low) / (curve.cost * (end - start)), index, end))
-    removed = [0] * len(curves)
-    freed = 0
-    for _, index, end in sorted(segments):
-        curve = curves[index]
-        left = need - freed
-        if left <= 0:
-            break
-        enough = removed[index] + -(-left // curve.cost)
-        target = next((o for o in curve.options(align) if enough <= o <= end), end)
-        freed += curve.cost * (target - removed[index])
-        removed[index] = target
-    return removed
+def _rms(curves: Sequence[Curve], need: float) -> list[int]:
+    return _minimise(curves, need, power=2)
 
 
-def _lower_hull(curve: Curve, align: int) -> list[tuple[int, float]]:
-    hull: list[tuple[int, float]] = []
-    for removed in curve.options(align):
-        point = (removed, curve.amplification * float(curve.errors[removed]))
-        while len(hull) > 1 and _is_above(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return hull
+def _minimise(curves: Sequence[Curve], need: float, *, power: int) -> list[int]:
+    """Minimise ``sum_l (D_l eps_l) ** power``, never worse than ``uniform`` (see ``cheapest``)."""
+    values = [(c.amplification * np.asarray(c.errors, dtype=np.float64)) ** power for c in curves]
+    menus = [_menu(curve, value) for curve, value in zip(curves, values, strict=True)]
+    found = [cheapest(menus, need), _uniform(curves, need)]
 
+    def loss(removed: list[int]) -> float:
+        return sum(float(value[count]) for value, count in zip(values, removed, strict=True))
 
-def _is_above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+    return min(found, key=loss)
 
 
 ALLOCATORS: dict[str, Allocator] = {
     "certified": _certified,
+    "global": _global,
     "rms": _rms,
     "uniform": _uniform,
 }
