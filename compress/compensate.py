@@ -1,19 +1,22 @@
-"""New weights for the kept components: none, least squares, least squares under a norm cap.
+"""New weights for the kept components, from leaving them alone to least squares under a cap.
 
-Unconstrained least squares destroys a Lipschitz certificate; the cap keeps it. Sources:
-arXiv 2511.19566 (compensation is ordinary least squares for linear maps); the ridge toward the
-original weights and the cap are our own.
+All minimise the same ridged error over ever larger sets: ``scalar`` one factor per component,
+``delta`` one per component and output, ``lsq`` every weight. Unconstrained least squares destroys
+a Lipschitz certificate; the cap of ``lsq_capped`` keeps it. Sources: arXiv 2511.19566 (delta);
+the ridge toward the original weights and the cap are our own.
 """
 
-# Legend: I inputs, O outputs, K kept inputs, R removed inputs.
+# Legend: I inputs, O outputs, K kept inputs, C kept components, U inputs per component.
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from common.config import one_of
-from compress.fidelity import regular_cholesky
+from compress.elimination import regular_cholesky
+from compress.scores import similarity
 from compress.targets import Problem
 
 MAX_STEPS = 300
@@ -50,9 +53,14 @@ def compensate(
 
 def reconstruction_error(problem: Problem, kept_K: Tensor, weight_KO: Tensor) -> float:
     """Return the mean squared output error (l2 over outputs) of weights on the kept inputs."""
+    return float(output_errors(problem, kept_K, weight_KO).sum())
+
+
+def output_errors(problem: Problem, kept_K: Tensor, weight_KO: Tensor) -> Tensor:
+    """Return the mean squared error of each output for weights on the kept inputs (O)."""
     change_IO = problem.weight_IO.clone()
     change_IO[kept_K] -= weight_KO
-    return max(0.0, float((change_IO * (problem.gram_II @ change_IO)).sum()))
+    return (change_IO * (problem.gram_II @ change_IO)).sum(0).clamp(min=0)
 
 
 def clip_spectrum(weight_KO: Tensor, cap: float) -> Tensor:
@@ -79,6 +87,50 @@ def clip_spectrum(weight_KO: Tensor, cap: float) -> Tensor:
 
 def _keep(problem: Problem, kept_K: Tensor, cap: float) -> Tensor:
     return problem.weight_IO[kept_K]
+
+
+def _scalar(problem: Problem, kept_K: Tensor, cap: float) -> Tensor:
+    """One factor per component, shared by all outputs."""
+    kept_C = kept_K[:: problem.unit] // problem.unit
+    factors_C = _factors(similarity(_with_ridge(problem)), kept_C)
+    return problem.weight_IO[kept_K] * factors_C.repeat_interleave(problem.unit)[:, None]
+
+
+def _delta(problem: Problem, kept_K: Tensor, cap: float) -> Tensor:
+    """One factor per component and output: the compensation of the paper.
+
+    For components of one input it is least squares where no weight is 0, at its price; else one
+    system per output.
+    """
+    new_KO = problem.weight_IO[kept_K]
+    if problem.unit == 1 and bool((new_KO != 0).all()):
+        return _least_squares(problem, kept_K, cap)
+    ridged = _with_ridge(problem)
+    kept_C = kept_K[:: problem.unit] // problem.unit
+    for output in range(new_KO.shape[1]):
+        weight_I1 = problem.weight_IO[:, output : output + 1]
+        single = dataclasses.replace(ridged, weight_IO=weight_I1)
+        factors_C = _factors(similarity(single), kept_C)
+        new_KO[:, output] *= factors_C.repeat_interleave(problem.unit)
+    return new_KO
+
+
+def _factors(similarity_NN: Tensor, kept_C: Tensor) -> Tensor:
+    """Return the factors of the kept components that rebuild the sum of all; 1 where it is moot."""
+    gone = torch.ones(len(similarity_NN), dtype=torch.bool, device=kept_C.device)
+    gone[kept_C] = False
+    own_CC = similarity_NN[kept_C][:, kept_C]
+    # A component without weights or activation is a row of zeros: any factor does.
+    own_CC.diagonal()[own_CC.diagonal() == 0] = 1
+    missing_C = similarity_NN[kept_C][:, gone].sum(1)
+    return 1 + torch.cholesky_solve(missing_C[:, None], regular_cholesky(own_CC, 0.0))[:, 0]
+
+
+def _with_ridge(problem: Problem) -> Problem:
+    """Return the problem with its ridge inside the Gram: all factors are then penalised alike."""
+    gram_II = problem.gram_II.clone()
+    gram_II.diagonal().add_(problem.penalty)
+    return dataclasses.replace(problem, gram_II=gram_II)
 
 
 def _least_squares(problem: Problem, kept_K: Tensor, cap: float) -> Tensor:
@@ -126,6 +178,8 @@ def _capped(problem: Problem, kept_K: Tensor, cap: float) -> Tensor:
 
 METHODS: dict[str, Compensator] = {
     "none": _keep,
+    "scalar": _scalar,
+    "delta": _delta,
     "lsq": _least_squares,
     "lsq_capped": _capped,
 }

@@ -133,5 +133,5 @@ def test_a_cap_that_does_not_bind_reproduces_least_squares(make_problem):
 
 def test_unknown_method_lists_the_known_ones(make_problem):
     """The message is the documentation."""
-    with pytest.raises(ConfigError, match="expected one of none, lsq, lsq_capped"):
+    with pytest.raises(ConfigError, match="expected one of none, scalar, delta, lsq"):
         compensate(make_problem("free")[0], KEPT, "magic")

@@ -192,7 +192,7 @@ def test_ranking_that_stopped_early_says_so(make_problem):
 
 def test_unknown_score_lists_the_known_ones(make_problem):
     """The message is the documentation."""
-    with pytest.raises(ConfigError, match="expected one of obs, singleton"):
+    with pytest.raises(ConfigError, match="expected one of obs, greedy"):
         rank(make_problem("free")[0], "best")
 
 
