@@ -11,7 +11,8 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from compress.adapters import Adapter, adapter_for
-from compress.allocate import Curve, allocate
+from compress.budget import Candidate, share
+from compress.clock import StageClock
 from compress.fidelity import Ranking, rank
 from compress.fit import Fit, fit_target, make_problem
 from compress.settings import CompressConfig
@@ -84,7 +85,10 @@ def survey(
     for target in targets:
         problem = make_problem(adapter, target, statistics.fitted[target.name], settings)
         budgets = (settings.keep_for(target.kind), *keeps)
-        fewest = min(settings.least_kept(target.components, keep) for keep in budgets)
+        is_aligned = target.kind != "heads"
+        fewest = min(
+            settings.least_kept(target.components, keep, align=is_aligned) for keep in budgets
+        )
         rankings[target.name] = rank(problem, settings.score, keep=fewest, seed=settings.seed)
     return Survey(targets=targets, statistics=statistics, rankings=rankings)
 
@@ -104,45 +108,52 @@ def chosen_targets(adapter: Adapter, settings: CompressConfig) -> tuple[Target, 
 
 
 def share_budget(
+    adapter: Adapter,
     targets: Sequence[Target],
-    found: Survey | None,
-    gains: Mapping[str, float] | None,
+    inputs: Tensor,
     settings: CompressConfig,
+    *,
+    found: Survey | None = None,
+    gains: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Return the number of components that each place keeps.
 
     Args:
-        targets: The places.
-        found: Their survey; needed unless ``allocation=uniform``.
+        adapter: Dense model.
+        targets: Its places in scope.
+        inputs: Calibration inputs, of which the first few are timed under a latency budget.
+        settings: ``keep``, ``keep_heads``, ``budget``, ``allocation``, ``align``, ``min_keep``.
+        found: Survey of the places; needed unless ``allocation=uniform``.
         gains: Certified amplification of each place's error, if there is a certificate.
-        settings: ``keep``, ``keep_heads``, ``allocation``, ``align``, ``min_keep``.
     """
-    counts = {}
-    for is_heads in (False, True):
-        group = [target for target in targets if (target.kind == "heads") == is_heads]
-        if not group:
-            continue
-        keep = settings.keep_for(group[0].kind)
-        curves = []
-        for target in group:
-            least = settings.least_kept(target.components, keep)
-            errors = [0.0] * (target.components - least + 1)
-            if found is not None:
-                errors = found.rankings[target.name].curve[: len(errors)]
-                errors = errors.clamp(min=0).sqrt().tolist()
-            gain = gains[target.name] if gains else 1.0
-            curves.append(
-                Curve(
-                    components=target.components,
-                    cost=target.params,
-                    errors=errors,
-                    amplification=gain,
-                )
+    candidates = []
+    for target in targets:
+        is_heads = target.kind == "heads"
+        keep = settings.keep_for(target.kind)
+        errors = None
+        if found is not None:
+            errors = found.rankings[target.name].curve.clamp(min=0).sqrt().tolist()
+        candidates.append(
+            Candidate(
+                target=target,
+                errors=errors,
+                amplification=gains[target.name] if gains else 1.0,
+                least=settings.least_kept(target.components, keep, align=not is_heads),
+                align=1 if is_heads else settings.align,
+                allowed=adapter.allowed(target),
             )
-        align = 1 if is_heads else settings.align
-        shared = allocate(curves, keep, settings.allocation, align=align)
-        counts |= {target.name: count for target, count in zip(group, shared, strict=True)}
-    return counts
+        )
+    has_heads = any(target.kind == "heads" for target in targets)
+    clock = StageClock(adapter, inputs)
+    return share(
+        candidates,
+        settings.keep,
+        settings.allocation,
+        budget=settings.budget,
+        keep_heads=settings.keep_heads if has_heads else None,
+        model_total=clock.total(settings.budget.kind) if settings.budget.of == "model" else None,
+        seconds=clock.seconds if settings.budget.kind == "latency" else None,
+    )
 
 
 def prune_model(
@@ -174,7 +185,7 @@ def prune_model(
     if found is None and (settings.allocation != "uniform" or settings.order == "one_shot"):
         found = survey(adapter, inputs, settings)
     targets = chosen_targets(adapter, settings)
-    counts = share_budget(targets, found, gains, settings)
+    counts = share_budget(adapter, targets, inputs, settings, found=found, gains=gains)
     copy = adapter.working_copy()
     if settings.order == "one_shot":
         assert found is not None

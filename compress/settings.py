@@ -1,11 +1,12 @@
 """What can be chosen about pruning, validated where it enters."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.config import check_types, one_of, positive, within
 from common.errors import ConfigError
 from compress.allocate import ALLOCATORS
+from compress.budget import Budget
 from compress.compensate import METHODS
 from compress.fidelity import SCORES
 
@@ -20,8 +21,10 @@ class CompressConfig:
     """Settings of one pruning run.
 
     Attributes:
-        keep: Fraction of the parameters of MLPs (or convolutions) that stays, in (0, 1].
-        keep_heads: The same for attention heads, which go in groups that share keys and values.
+        keep: Fraction of the budget that stays, in (0, 1].
+        keep_heads: The same for attention heads, which go in groups that share keys and values; 1
+            leaves them alone, None puts heads and all else under the one budget ``keep``.
+        budget: What ``keep`` is a fraction of: parameters, operations or measured seconds.
         score: Which components go first; name in ``fidelity.SCORES``.
         comp: How the kept weights make up for the removed ones: name in ``compensate.METHODS``,
             or ``auto``: ``lsq_capped`` where there is a certificate to keep, else ``lsq``.
@@ -44,7 +47,8 @@ class CompressConfig:
     """
 
     keep: float = 0.75
-    keep_heads: float = 1.0
+    keep_heads: float | None = 1.0
+    budget: Budget = field(default_factory=Budget)
     score: str = "obs"
     comp: str = AUTO
     tau: float = 1.0
@@ -64,8 +68,10 @@ class CompressConfig:
     def __post_init__(self) -> None:
         """Check every value."""
         check_types(self)
-        budgets = (("keep", self.keep), ("keep_heads", self.keep_heads))
-        for name, value in (*budgets, *(("frontier", f) for f in self.frontier)):
+        budgets = [("keep", self.keep), *(("frontier", value) for value in self.frontier)]
+        if self.keep_heads is not None:
+            budgets.append(("keep_heads", self.keep_heads))
+        for name, value in budgets:
             within(f"compress.{name}", value, 0.0, 1.0)
             positive(f"compress.{name}", value)
         one_of("compress.score", self.score, SCORES)
@@ -85,7 +91,9 @@ class CompressConfig:
 
     def keep_for(self, kind: str) -> float:
         """Return the budget of one kind of target."""
-        return self.keep_heads if kind == "heads" else self.keep
+        if kind == "heads" and self.keep_heads is not None:
+            return self.keep_heads
+        return self.keep
 
     def comp_for(self, *, certifiable: bool) -> str:
         """Return the compensation for a model with or without a certificate to keep."""
@@ -99,7 +107,14 @@ class CompressConfig:
             return self.ridge
         return 1e-6 if tokens >= ENOUGH_TOKENS * inputs else 1e-4
 
-    def least_kept(self, components: int, keep: float) -> int:
-        """Return the smallest number of components a layer may keep at budget ``keep``."""
+    def least_kept(self, components: int, keep: float, *, align: bool = True) -> int:
+        """Return the smallest number of components a place may keep at budget ``keep``.
+
+        Args:
+            components: Components before pruning.
+            keep: The budget.
+            align: Whether kept numbers are multiples of ``align``.
+        """
         fraction = min(self.min_keep, keep)
-        return min(components, max(1, self.align, math.ceil(fraction * components - 1e-9)))
+        least = max(1, math.ceil(fraction * components - 1e-9))
+        return min(components, max(least, self.align) if align else least)
