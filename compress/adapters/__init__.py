@@ -2,24 +2,33 @@
 
 from typing import Any
 
+from torch import Tensor, nn
+
 from common.errors import ConfigError
-from common.models import LipschitzTransformer
+from common.models import LipschitzMLP, LipschitzTransformer
 from compress.adapters.base import Adapter as Adapter
 from compress.adapters.base import Stage as Stage
 from compress.adapters.base import captured as captured
 from compress.adapters.base import rows_of as rows_of
+from compress.adapters.classifier import ClassifierAdapter as ClassifierAdapter
 from compress.adapters.lipschitz import LipschitzAdapter as LipschitzAdapter
+from compress.adapters.sequential import SequentialAdapter as SequentialAdapter
 
 
-def adapter_for(model: Any) -> Adapter:
+def adapter_for(model: Any, example: Tensor | None = None) -> Adapter:
     """Return the adapter of a model.
 
     Args:
-        model: A ``LipschitzTransformer``.
+        model: A ``LipschitzTransformer``, a ``LipschitzMLP`` or an ``nn.Sequential``.
+        example: Model inputs (N, ...) whose shape counts the operations of convolutions.
 
     Raises:
         ConfigError: for a model that no adapter knows.
     """
     if isinstance(model, LipschitzTransformer):
         return LipschitzAdapter(model)
+    if isinstance(model, LipschitzMLP):
+        return ClassifierAdapter(model)
+    if isinstance(model, nn.Sequential):
+        return SequentialAdapter(model, example)
     raise ConfigError(f"{type(model).__name__}: no adapter prunes this kind of model")
