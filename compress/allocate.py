@@ -21,7 +21,6 @@ from compress.knapsack import Menu, cheapest, in_order
 
 SLACK = 1e-12
 """Relative; absorbs the rounding of ``total * (1 - keep)``."""
-REMEDY = "lower compress.min_keep or compress.align"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -81,57 +80,42 @@ Allocator = Callable[[Sequence[Curve], float], list[int]]
 
 
 def allocate(
-    curves: Sequence[Curve], keep: float, method: str = "certified", *, align: int | None = None
+    curves: Sequence[Curve],
+    keep: float,
+    method: str = "certified",
+    *,
+    align: int | None = None,
+    total: float | None = None,
+    name: str = "compress.keep",
 ) -> list[int]:
     """Return the number of components each layer keeps.
 
     Args:
-        curves: One per layer.
-        keep: Fraction of the curves' total cost that may stay, in (0, 1].
+        curves: One per layer; one that keeps everything need not respect ``align``.
+        keep: Fraction of ``total`` that may stay, in (0, 1].
         method: Name in ``ALLOCATORS``.
         align: Replaces the curves' own.
+        total: Of whatever ``keep`` is meant, in the units of the curves; all that they hold
+            together by default.
+        name: What messages call ``keep``.
 
     Returns:
-        Kept components per layer; their total cost never exceeds the budget.
-
-    Raises:
-        ConfigError: for an unknown method or when the curves do not reach the budget.
-    """
-    if align is not None:
-        curves = [dataclasses.replace(curve, align=align) for curve in curves]
-    return distribute(curves, keep, sum(curve.total for curve in curves), method)
-
-
-def distribute(
-    curves: Sequence[Curve],
-    keep: float,
-    total: float,
-    method: str = "certified",
-    *,
-    name: str = "compress.keep",
-) -> list[int]:
-    """Return the number of components each layer keeps when ``total * (1 - keep)`` has to go.
-
-    Args:
-        curves: One per layer; a layer that keeps everything need not respect ``align``.
-        keep: Fraction of ``total`` that may stay, in (0, 1].
-        total: In the units of the curves, of whatever the fraction is meant of.
-        method: Name in ``ALLOCATORS``.
-        name: What the message calls ``keep``.
-
-    Returns:
-        Kept components per layer; together they free what has to go.
+        Kept components per layer; at least ``total * (1 - keep)`` is freed.
 
     Raises:
         ConfigError: for an unknown method or when the curves do not reach the budget.
     """
     one_of("compress.allocation", method, ALLOCATORS)
+    if align is not None:
+        curves = [dataclasses.replace(curve, align=align) for curve in curves]
+    if total is None:
+        total = sum(curve.total for curve in curves)
     reach = sum(float(curve.freed(curve.options()[-1])) for curve in curves)
     if reach < needed(total, keep):
         least = math.ceil(1e4 * (1 - reach / total)) / 1e4
         raise ConfigError(
             f"{name}={keep}: expected at least {least:g}, all that the least kept numbers of the "
-            f"layers permit; raise {name}, or {REMEDY}"
+            f"layers permit; raise {name}, or lower compress.min_keep or compress.align"
         )
     removed = ALLOCATORS[method](curves, needed(total, keep))
     return [curve.components - gone for curve, gone in zip(curves, removed, strict=True)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.config import check_types, one_of
 from common.errors import ConfigError
-from compress.allocate import Curve, distribute
+from compress.allocate import Curve, allocate
 from compress.targets import Target
 
 KINDS = ("params", "flops", "latency")
@@ -121,6 +121,7 @@ def share(
     """
     budget = Budget() if budget is None else budget
     assert method == "uniform" or all(c.errors is not None for c in candidates), "errors needed"
+    assert budget.of == "prunable" or model_total is not None, "of=model needs the model's total"
     _check_heads(candidates, keep_heads, budget)
     curves = _curves(candidates, budget, seconds)
     groups = [("compress.keep", keep, list(curves))]
@@ -133,11 +134,8 @@ def share(
         if not names:
             continue
         chosen = [curves[name] for name in names]
-        total = sum(curve.total for curve in chosen)
-        if budget.of == "model":
-            assert model_total is not None, "of=model needs the model's total"
-            total = model_total
-        counts = distribute(chosen, fraction, total, method, name=setting)
+        total = model_total if budget.of == "model" else None
+        counts = allocate(chosen, fraction, method, total=total, name=setting)
         kept |= dict(zip(names, counts, strict=True))
     return {candidate.target.name: kept[candidate.target.name] for candidate in candidates}
 

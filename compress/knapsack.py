@@ -83,9 +83,9 @@ def dynamic_programme(menus: Sequence[Menu], need: float, unit: float) -> list[i
     scratch = np.empty_like(best)
     stages, tables = [], [best]
     for menu in menus:
+        units = np.minimum(np.floor(menu.freed / unit), goal).astype(np.int64)
         # Of the options that free equally many units, the first loses least.
-        shifts, first = np.unique(np.floor(menu.freed / unit), return_index=True)
-        shifts = np.minimum(shifts, goal).astype(np.int64)
+        shifts, first = np.unique(units, return_index=True)
         stages.append((shifts, menu.loss[first], menu.removed[first]))
         best = _with_layer(best, shifts, menu.loss[first], scratch)
         tables.append(best)
