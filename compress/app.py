@@ -19,10 +19,11 @@ from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
 from compress.adapters import adapter_for
 from compress.frontier import frontier_point, frontier_points
-from compress.measure import bits_per_byte, mlp_speedup
+from compress.measure import bits_per_byte
 from compress.pruner import Survey, survey
 from compress.record import PruneReport, check_model, prune, require_certificate
 from compress.settings import CompressConfig
+from compress.timing import mlp_speedup
 
 log = logging.getLogger(__name__)
 

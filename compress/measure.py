@@ -1,14 +1,12 @@
-"""What pruning does on text and on the clock: bits per byte, deviations, speed.
+"""What pruning does on text: bits per byte, divergence from the dense model, deviations.
 
-Everything here is a measurement; bounds are in ``deviation``.
+Everything here is a measurement; bounds are in ``deviation``, times in ``timing``.
 """
 
-# Legend: B sequences, T tokens, C width.
+# Legend: B sequences, T tokens, C width, V vocabulary.
 
 import copy
 import math
-import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BATCH_TOKENS = 8192
-SPEED_TOKENS = 2048
-SPEED_ROUNDS = 15
+KEPT_NUMBERS = 1 << 25
+"""Largest number of dense logits that is kept between models: 128 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,6 +36,72 @@ class Measured:
     margins_M: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quality:
+    """How a model does on text, and how far it is from the dense one.
+
+    Attributes:
+        bits_per_byte: Cross-entropy of the next token, bits per byte of text.
+        kl_nats: KL divergence of its next token from the dense model's, mean, nats per token.
+        deviation: Largest RMS change of a token's logits over the vocabulary.
+        top1_agreement: Share of positions whose most likely token is the dense model's.
+    """
+
+    bits_per_byte: float
+    kl_nats: float
+    deviation: float
+    top1_agreement: float
+
+
+class Reference:
+    """A dense model on a text, for comparisons: each pruned model costs one pass.
+
+    The dense logits are kept where they fit, else they are computed again.
+
+    Args:
+        dense: Transformer before pruning.
+        windows_BT: Token ids, inputs and the final target (sequences, length + 1).
+        bytes_per_token: Of the corpus.
+    """
+
+    def __init__(self, dense: Any, windows_BT: Tensor, bytes_per_token: float):
+        self._dense = dense
+        self._device = next(dense.parameters()).device
+        self._parts = [part.to(self._device) for part in _batches(windows_BT)]
+        targets = windows_BT.shape[0] * (windows_BT.shape[1] - 1)
+        self._targets, self._bytes = targets, targets * bytes_per_token
+        is_kept = targets * dense.config.vocab_size <= KEPT_NUMBERS
+        self._kept = [self._logits(dense, part) for part in self._parts] if is_kept else None
+
+    @torch.no_grad()
+    def quality(self, model: Any) -> Quality:
+        """Return how ``model`` does; against itself exactly no divergence and no deviation.
+
+        Args:
+            model: Transformer of the same vocabulary, on the same device.
+        """
+        nats = divergence = deviation = 0.0
+        same = 0
+        for index, part in enumerate(self._parts):
+            old_BTV = self._kept[index] if self._kept else self._logits(self._dense, part)
+            new_BTV = self._logits(model, part)
+            new_log_BTV = new_BTV.log_softmax(-1)
+            nats += _nats(new_log_BTV, part)
+            divergence += _divergence(old_BTV.log_softmax(-1), new_log_BTV)
+            deviation = max(deviation, float((old_BTV - new_BTV).square().mean(-1).max()) ** 0.5)
+            same += int((old_BTV.argmax(-1) == new_BTV.argmax(-1)).sum())
+        return Quality(
+            bits_per_byte=nats / math.log(2) / self._bytes,
+            kl_nats=max(0.0, divergence / self._targets),
+            deviation=deviation,
+            top1_agreement=same / self._targets,
+        )
+
+    @torch.no_grad()
+    def _logits(self, model: Any, part: Tensor) -> Tensor:
+        return model(part[:, :-1]).float()
+
+
 @torch.no_grad()
 def bits_per_byte(model: Any, windows_BT: Tensor, bytes_per_token: float) -> float:
     """Return the mean cross-entropy of next tokens in bits per byte of text.
@@ -51,9 +115,7 @@ def bits_per_byte(model: Any, windows_BT: Tensor, bytes_per_token: float) -> flo
     total = 0.0
     for part in _batches(windows_BT):
         part = part.to(device)
-        logits = model(part[:, :-1]).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
-        total += float(loss)
+        total += _nats(model(part[:, :-1]).float().log_softmax(-1), part)
     targets = windows_BT.shape[0] * (windows_BT.shape[1] - 1)
     return total / targets / math.log(2) / bytes_per_token
 
@@ -95,33 +157,16 @@ def measure_deviation(dense: Any, pruned: Any, tokens_BT: Tensor) -> Measured:
     )
 
 
-@torch.no_grad()
-def mlp_speedup(dense: Any, pruned: Any, *, rounds: int = SPEED_ROUNDS) -> float:
-    """Return how many times faster all MLPs together run after pruning.
-
-    Args:
-        dense: Transformer before pruning.
-        pruned: After pruning.
-        rounds: Pairs of measurements; the result is the median of the paired ratios.
-    """
-    weight = dense.embedding.weight
-    x_TC = torch.zeros(SPEED_TOKENS, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    pairs = [(_mlp_seconds(dense, x_TC), _mlp_seconds(pruned, x_TC)) for _ in range(rounds + 2)]
-    return statistics.median(old / new for old, new in pairs[2:])
+def _nats(log_BTV: Tensor, windows_BT: Tensor) -> float:
+    """Return the sum of the next tokens' negative log-probabilities."""
+    targets = windows_BT[:, 1:].flatten()
+    return float(F.nll_loss(log_BTV.flatten(0, 1), targets, reduction="sum"))
 
 
-def _mlp_seconds(model: Any, x_TC: Tensor) -> float:
-    _wait(x_TC)
-    began = time.perf_counter()
-    for layer in model.layers:
-        layer.mlp(x_TC)
-    _wait(x_TC)
-    return time.perf_counter() - began
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+def _divergence(old_log_BTV: Tensor, new_log_BTV: Tensor) -> float:
+    """Return the sum over positions of KL(old || new), nats."""
+    gap_BTV = old_log_BTV - new_log_BTV
+    return float((old_log_BTV.exp() * gap_BTV).sum(dtype=torch.float64))
 
 
 def _batches(tokens_BT: Tensor) -> tuple[Tensor, ...]:
