@@ -11,6 +11,7 @@ from compress.adapters.base import Stage as Stage
 from compress.adapters.base import captured as captured
 from compress.adapters.base import rows_of as rows_of
 from compress.adapters.classifier import ClassifierAdapter as ClassifierAdapter
+from compress.adapters.hugging_face import decoder_adapter, is_transformers_model
 from compress.adapters.lipschitz import LipschitzAdapter as LipschitzAdapter
 from compress.adapters.sequential import SequentialAdapter as SequentialAdapter
 
@@ -19,7 +20,8 @@ def adapter_for(model: Any, example: Tensor | None = None) -> Adapter:
     """Return the adapter of a model.
 
     Args:
-        model: A ``LipschitzTransformer``, a ``LipschitzMLP`` or an ``nn.Sequential``.
+        model: A ``LipschitzTransformer``, a ``LipschitzMLP``, an ``nn.Sequential`` or a decoder
+            model of ``transformers``.
         example: Model inputs (N, ...) whose shape counts the operations of convolutions.
 
     Raises:
@@ -31,4 +33,6 @@ def adapter_for(model: Any, example: Tensor | None = None) -> Adapter:
         return ClassifierAdapter(model)
     if isinstance(model, nn.Sequential):
         return SequentialAdapter(model, example)
+    if is_transformers_model(model):
+        return decoder_adapter(model)
     raise ConfigError(f"{type(model).__name__}: no adapter prunes this kind of model")
