@@ -6,18 +6,24 @@ from typing import Any
 import pytest
 import torch
 
+from compress.adapters import adapter_for
 from compress.fidelity import rank
-from compress.grams import Calibration, collect
+from compress.statistics import collect
 from compress.targets import Problem
 
 GRAM_PASS = 1.5
 INPUTS, OUTPUTS = 1024, 256
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "paper": ("paper", {}),
+    "default": ("default", {}),
+    "wide": ("default", {"width": 256, "layers": 4}),
+}
 
 
-@pytest.mark.parametrize("name", ["paper", "default"])
+@pytest.mark.parametrize("name", MODELS)
 def test_gram_pass(bench: Any, timed: Callable, make_model: Callable, name: str) -> None:
-    """Collecting every layer's second moments, in forward passes over the same tokens."""
-    model = make_model(name)
+    """Collecting the second moments of all heads and MLPs, in forward passes over the tokens."""
+    model = make_model(MODELS[name][0], **MODELS[name][1])
     length = min(bench.length, model.config.context)
     tokens_BT = torch.randint(model.config.vocab_size, (bench.batch, length))
 
@@ -26,9 +32,10 @@ def test_gram_pass(bench: Any, timed: Callable, make_model: Callable, name: str)
         for part in tokens_BT.split(max(1, 16384 // length)):
             model(part)
 
+    adapter = adapter_for(model)
+
     def grams() -> None:
-        for _ in collect(model, Calibration(model, tokens_BT)):
-            pass
+        collect(adapter, tokens_BT, adapter.targets())
 
     times = timed({"forward": forward, "grams": grams}, bench.rounds)
     sizes = {"model": name, "batch": bench.batch, "length": length}

@@ -1,12 +1,10 @@
 """Streaming second moments."""
 
-import logging
-
 import pytest
 import torch
 
 from common.errors import DataError, ShapeError
-from compress.grams import Calibration, Moments, collect
+from compress.grams import Moments
 
 EXACT = 1e-12
 """Float64 sums in another order."""
@@ -72,43 +70,3 @@ def test_wrong_width_is_named():
     """The message holds both shapes."""
     with pytest.raises(ShapeError, match=r"\(2, 5\): expected \(\.\.\., 4\)"):
         Moments(4).update(torch.zeros(2, 5))
-
-
-def test_collect_sees_what_enters_each_down_projection(make_model):
-    """Oracle: forward hooks on the down projections of an ordinary forward pass."""
-    model = make_model("maxmin")
-    tokens_BT = torch.arange(40).reshape(5, 8) % 11
-    seen: dict[int, torch.Tensor] = {}
-    hooks = [
-        layer.mlp.down.register_forward_pre_hook(
-            lambda module, args, index=index: seen.__setitem__(index, args[0].detach())
-        )
-        for index, layer in enumerate(model.layers)
-    ]
-    model(tokens_BT)
-    for hook in hooks:
-        hook.remove()
-    calibration = Calibration(model, tokens_BT, holdout=0.4, batch_tokens=16)
-    for index, fitted, held in collect(model, calibration):
-        x_MI = seen.pop(index)
-        for moments, part in ((fitted, x_MI[:3]), (held, x_MI[3:])):
-            flat = part.reshape(-1, part.shape[-1])
-            expected = flat.T @ flat / len(flat)
-            torch.testing.assert_close(moments.gram_II(), expected, rtol=EXACT, atol=EXACT)
-
-
-def test_too_few_tokens_warn(make_model, caplog):
-    """Fewer than two tokens per input: the warning says how many would do."""
-    model = make_model()
-    calibration = Calibration(model, torch.zeros(2, 8, dtype=torch.long), holdout=0.0)
-    with caplog.at_level(logging.WARNING):
-        list(collect(model, calibration))
-    assert "16 calibration tokens for 32 inputs" in caplog.text
-
-
-def test_one_sequence_is_used_for_both_parts(make_model):
-    """With nothing to hold out the held-out statistics are the fitted ones."""
-    model = make_model()
-    calibration = Calibration(model, torch.zeros(1, 16, dtype=torch.long), holdout=0.1)
-    _, fitted, held = next(collect(model, calibration))
-    assert fitted is held
