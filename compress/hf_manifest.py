@@ -13,6 +13,7 @@ from common import files
 from common.errors import BundleError
 from common.ledger import versions
 from compress.adapters.decoder import DecoderAdapter
+from compress.targets import Target
 
 MANIFEST = "prune_manifest.json"
 COMPRESSION = "compression.json"
@@ -109,19 +110,26 @@ def kept_inputs(
         )
     kept = {}
     for target in adapter.targets():
-        sizes, shape = layers[target.layer], adapter.shape(target.layer)
-        field = "kv_heads" if target.kind == "heads" else "mlp_width"
-        count = sizes.get(field) if isinstance(sizes, dict) else None
-        is_whole = target.kind == "mlp" or sizes.get("heads") == (
-            (count or 0) * shape.heads // shape.kv_heads
-        )
-        if type(count) is not int or not 1 <= count <= target.components or not is_whole:
+        shape = adapter.shape(target.layer)
+        count = _count(layers[target.layer], target, shape.heads // shape.kv_heads)
+        if count is None:
             raise BundleError(
-                f"{folder / MANIFEST}: layer {target.layer}: {sizes} does not fit into the dense "
-                f"{shape._asdict()}; restore both files of one model"
+                f"{folder / MANIFEST}: layer {target.layer}: {layers[target.layer]} does not fit "
+                f"into the dense {shape._asdict()}; restore both files of one model"
             )
         kept[target.name] = torch.arange(count * target.unit)
     return kept
+
+
+def _count(sizes: Any, target: Target, group: int) -> int | None:
+    """Return how many components of a target a layer of the manifest keeps; None for nonsense."""
+    if not isinstance(sizes, dict):
+        return None
+    count = sizes.get("kv_heads" if target.kind == "heads" else "mlp_width")
+    if type(count) is not int or not 1 <= count <= target.components:
+        return None
+    is_whole = target.kind != "heads" or sizes.get("heads") == count * group
+    return count if is_whole else None
 
 
 def parent_fingerprint(folder: Path) -> str:
