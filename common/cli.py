@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "campaign": ("solvers.campaign_app:main", "try to refute the bounds on small random models"),
     "solve": ("solvers.app:main_solve", "run a monotone-inclusion solver on a standard problem"),
     "compress": ("compress.app:main", "prune a model and certify how far its output moved"),
+    "unlearn": ("compress.unlearn_app:main", "make a model forget a class, and measure how firmly"),
     "calibrate": ("serve.app:main_calibrate", "collect the statistics that cache eviction needs"),
     "generate": ("serve.app:main_generate", "continue prompts under a key-value cache policy"),
     "report": ("common.report:main", "draw a run, a pipeline or a sweep as one HTML file"),

@@ -1,0 +1,240 @@
+"""``unlearn``: from a bundle to a bundle that has forgotten a class, and the account of it.
+
+Forgetting is measured at the output. It is not erasure: the report says how soon fine-tuning and
+how well a linear probe of the hidden layer still find the class.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from common.bundle import Bundle, save_bundle
+from common.errors import BundleError
+from compress.deviation import certified_deviation
+from compress.unlearning.measure import figures, knowledge, losses, probe
+from compress.unlearning.membership import Membership, attack_membership
+from compress.unlearning.recovery import guard
+from compress.unlearning.relearning import relearning_steps
+from compress.unlearning.samples import ClassData, shuffled
+from compress.unlearning.settings import UnlearnConfig
+from compress.unlearning.unlearner import Unlearning, unlearn_model
+from solvers.bounds import certify
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Relearning:
+    """Steps of fine-tuning that undo half of the forgetting; None where the limit did not do.
+
+    Attributes:
+        retain: On retained data only.
+        forget: On a few samples of the class.
+    """
+
+    retain: int | None
+    forget: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class UnlearnReport:
+    """What was forgotten, what was kept, and how firmly.
+
+    Attributes:
+        settings: What was asked for.
+        data_rule: Which data are the class and which were held out, in words.
+        before: Accuracy or bits per byte of every part, by ``measure.figures``.
+        after: The same of the new model.
+        retrained: The same of a model trained without the class, or None.
+        rebound: Share of the forgetting that recovery undid; 0 without recovery.
+        membership_before: Membership inference on the class, old model; None where the class has
+            no held-out samples.
+        membership_after: The same, new model.
+        relearning: Steps back to half of the forgetting; None where it was not asked for.
+        probe_before: Share of the class that a probe of the old hidden layer finds; None for text.
+        probe_after: The same of the new one.
+        naive_before: Naive bound of the parent's certificate, or None.
+        naive_after: The re-certified naive bound, or None.
+        certified_deviation: Proved bound on the RMS change of the logits, or None.
+        seconds: Wall time of the editing.
+        unlearning: The model and the edits.
+    """
+
+    settings: UnlearnConfig
+    data_rule: str
+    before: dict[str, float]
+    after: dict[str, float]
+    retrained: dict[str, float] | None
+    rebound: float
+    membership_before: Membership | None
+    membership_after: Membership | None
+    relearning: Relearning | None
+    probe_before: float | None
+    probe_after: float | None
+    naive_before: float | None
+    naive_after: float | None
+    certified_deviation: float | None
+    seconds: float
+    unlearning: Unlearning
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: the content of ``compression.json`` under ``unlearning``."""
+        plain = {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "unlearning"
+        }
+        maps = [
+            {
+                "name": found.target.name,
+                "kind": found.target.kind,
+                "inputs": found.target.inputs,
+                "chosen_share": float(found.edit.chosen_IO.double().mean()),
+                "change": found.change,
+                "norm_growth": found.growth,
+            }
+            for found in self.unlearning.maps
+        ]
+        return {"format_version": FORMAT_VERSION, **plain, "maps": maps}
+
+
+def unlearn(
+    bundle: Bundle,
+    settings: UnlearnConfig,
+    data: ClassData,
+    *,
+    retrained: Bundle | None = None,
+    path: str | Path | None = None,
+    command: str = "",
+) -> tuple[Bundle, UnlearnReport]:
+    """Make a bundle's model forget a class and write a new bundle.
+
+    The new bundle carries a naive certificate proved anew where the old one had a valid
+    certificate, and none otherwise.
+
+    Args:
+        bundle: A transformer or a classifier.
+        settings: Method and strength.
+        data: The class and the rest, see ``image_classes`` and ``text_classes``.
+        retrained: A model trained without the class, to compare with.
+        path: New bundle; by default beside the old one, with ``-unlearned`` appended.
+        command: The command line, for the manifest.
+
+    Returns:
+        The new bundle and the report.
+
+    Raises:
+        BundleError: for a bundle of another kind than the data, or one that cannot be written.
+        ConfigError: when recovery brought the class back; nothing is written.
+        DataError: for data without samples, or activations that are not finite.
+    """
+    check_kind(bundle, data)
+    forget, retain = _calibration(data, settings)
+    began = time.perf_counter()
+    found = unlearn_model(bundle.model, forget, retain, settings)
+    seconds = time.perf_counter() - began
+    known = knowledge(bundle.model, data.forget_held)
+    edited, now = (knowledge(m, data.forget_held) for m in (found.edited, found.model))
+    share = 0.0
+    if settings.recovery != "none":
+        share = guard(known, edited, now, settings.rebound)
+    # A void certificate says nothing about the parent, so nothing follows from it.
+    proof = bundle.certificate if bundle.void is None else None
+    certificate = None if proof is None else certify(found.model, tighten=False)
+    is_image = not data.is_text
+    report = UnlearnReport(
+        settings=settings,
+        data_rule=data.rule,
+        before=figures(bundle.model, data),
+        after=figures(found.model, data),
+        retrained=None if retrained is None else figures(retrained.model, data),
+        rebound=share,
+        membership_before=_membership(bundle.model, data),
+        membership_after=_membership(found.model, data),
+        relearning=_relearning(bundle.model, found.model, data, settings),
+        probe_before=probe(bundle.model, data) if is_image else None,
+        probe_after=probe(found.model, data) if is_image else None,
+        naive_before=None if proof is None else proof.naive,
+        naive_after=None if certificate is None else certificate.naive,
+        certified_deviation=_deviation(bundle, found, proof),
+        seconds=seconds,
+        unlearning=found,
+    )
+    where = (
+        Path(path) if path is not None else bundle.path.with_name(f"{bundle.path.name}-unlearned")
+    )
+    saved = save_bundle(
+        where,
+        found.model,
+        bundle.tokenizer,
+        certificate=certificate,
+        compression={"unlearning": report.to_dict()},
+        parent=bundle,
+        command=command,
+    )
+    return saved, report
+
+
+def check_kind(bundle: Bundle, data: ClassData) -> None:
+    """Raise ``BundleError`` unless the model takes such data."""
+    is_text = bundle.kind == "transformer"
+    if is_text != data.is_text:
+        wanted = "text (data=stdlib or another)" if is_text else "images (data=digits or another)"
+        raise BundleError(f"{bundle.path}: a {bundle.kind}; it unlearns {wanted}; set data")
+    size = data.forget_train.inputs.shape[1]
+    if not is_text and size != bundle.config["sizes"][0]:
+        raise BundleError(
+            f"{bundle.path}: takes {bundle.config['sizes'][0]} pixels, the images have {size}; "
+            "set data to what it was trained on"
+        )
+
+
+def _calibration(data: ClassData, settings: UnlearnConfig) -> tuple[Any, Any]:
+    """Return inputs of the class and of the rest; text was already limited when it was cut."""
+    parts = (data.forget_train, data.retain_train)
+    count = max(map(len, parts)) if data.is_text else settings.images
+    return tuple(shuffled(part, count, settings.seed).inputs for part in parts)
+
+
+def _membership(model: Any, data: ClassData) -> Membership | None:
+    if not data.is_unseen:
+        return None
+    return attack_membership(losses(model, data.forget_train), losses(model, data.forget_held))
+
+
+def _relearning(
+    dense: Any, model: Any, data: ClassData, settings: UnlearnConfig
+) -> Relearning | None:
+    if not settings.relearn_steps:
+        return None
+    few = shuffled(data.forget_train, settings.relearn_examples, settings.seed)
+    steps = [
+        relearning_steps(
+            dense,
+            model,
+            train,
+            data.forget_held,
+            limit=settings.relearn_steps,
+            lr=settings.relearn_lr,
+            seed=settings.seed,
+        )
+        for train in (data.retain_train, few)
+    ]
+    return Relearning(retain=steps[0], forget=steps[1])
+
+
+def _deviation(bundle: Bundle, found: Unlearning, proof: Any) -> float | None:
+    """Return the certified deviation of a transformer; for classifiers there is no such bound."""
+    if proof is None or bundle.kind != "transformer":
+        return None
+    return certified_deviation(bundle.model, found.model, {}, proof).logits
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, float) and math.isinf(value):
+        return "inf"
+    return value
