@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "solve": ("solvers.app:main_solve", "run a monotone-inclusion solver on a standard problem"),
     "compress": ("compress.app:main", "prune a model and certify how far its output moved"),
     "unlearn": ("compress.unlearn_app:main", "make a model forget a class, and measure how firmly"),
+    "study": ("compress.study_app:main", "compare all pruning methods on one model in one table"),
     "calibrate": ("serve.app:main_calibrate", "collect the statistics that cache eviction needs"),
     "generate": ("serve.app:main_generate", "continue prompts under a key-value cache policy"),
     "report": ("common.report:main", "draw a run, a pipeline or a sweep as one HTML file"),

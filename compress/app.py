@@ -47,7 +47,7 @@ def compress(cfg: DictConfig, run: Run) -> Outcome:
     certificate = require_certificate(bundle)
     check_model(bundle.config, settings)
     corpus = prepare_corpus(build(cfg.data), bundle.tokenizer)
-    tokens_BT, windows_BT = _texts(corpus, bundle, settings)
+    tokens_BT, windows_BT = texts(corpus, bundle, settings)
     found = _survey(bundle, tokens_BT, settings)
     pruned, report = prune(
         bundle,
@@ -61,9 +61,9 @@ def compress(cfg: DictConfig, run: Run) -> Outcome:
     metrics = _metrics(bundle, pruned, report, windows_BT, corpus.bytes_per_token)
     points = [frontier_point(report, metrics["compress/val_bits_per_byte"])]
     if found is not None:
-        texts = (tokens_BT, windows_BT)
+        pair = (tokens_BT, windows_BT)
         points += frontier_points(
-            bundle.model, certificate, found, texts, corpus.bytes_per_token, report
+            bundle.model, certificate, found, pair, corpus.bytes_per_token, report
         )
     frontier = run.directory / "frontier.json"
     write_json(frontier, sorted(points, key=lambda point: -point["keep"]))
@@ -74,7 +74,7 @@ def compress(cfg: DictConfig, run: Run) -> Outcome:
     )
 
 
-def _texts(corpus: Corpus, bundle: Bundle, settings: CompressConfig) -> tuple[Tensor, Tensor]:
+def texts(corpus: Corpus, bundle: Bundle, settings: CompressConfig) -> tuple[Tensor, Tensor]:
     """Return calibration sequences, shuffled, and validation windows with their targets."""
     length = settings.length or bundle.config.context
     count = max(1, settings.tokens // length)

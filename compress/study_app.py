@@ -1,0 +1,98 @@
+"""Command ``study``: one table of all pruning methods on one model and one text."""
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from common.bundle import load_bundle
+from common.config import build
+from common.corpus import prepare_corpus
+from common.device import resolve_device
+from common.files import replace_bytes
+from common.reporting.study import HEADS, text_rows
+from common.runs import Outcome, Run, hydra_command
+from compress.app import texts
+from compress.record import check_model, require_certificate
+from compress.settings import CompressConfig
+from compress.study import FILE, Study
+from compress.study_config import StudyConfig
+
+SHOWN = 4
+"""Best rows per budget in the terminal, besides the default and the rotation."""
+
+
+def study(cfg: DictConfig, run: Run) -> Outcome:
+    """Measure every method at every budget on the bundle that ``cfg.bundle`` names.
+
+    Args:
+        cfg: Keys ``bundle``, ``study``, ``compress``, ``data``, ``seed``, ``device``.
+        run: Where to write; rows that are already there are kept.
+
+    Returns:
+        The ``study/*`` metrics; artifacts ``study`` (JSON) and ``table`` (CSV). The objective is
+        the largest gap of the default method.
+
+    Raises:
+        LipError: for anything the user can correct.
+    """
+    settings: StudyConfig = build(cfg.study)
+    base: CompressConfig = build(cfg.compress, seed=cfg.seed, frontier=[])
+    bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
+    certificate = require_certificate(bundle)
+    check_model(bundle.config, base)
+    corpus = prepare_corpus(build(cfg.data), bundle.tokenizer)
+    work = Study(
+        bundle,
+        certificate,
+        settings,
+        base,
+        texts(corpus, bundle, base),
+        corpus.bytes_per_token,
+    )
+    content = work.run(run.directory / FILE)
+    table = run.directory / "study.csv"
+    _write_csv(table, text_rows(content))
+    _print(text_rows(content, most=SHOWN))
+    gaps = [v["gap"] for v in content["verdicts"] if v["gap"] is not None]
+    own = [p for p in content["points"] if f"{p['score']}+{p['comp']}" == work.default]
+    growth = max(point["cert_naive"] for point in own) / content["dense"]["cert_naive"]
+    return Outcome(
+        metrics={
+            "study/rows": len(content["points"]),
+            "study/budgets": len(content["verdicts"]),
+            "study/default_tied": sum(verdict["tied"] for verdict in content["verdicts"]),
+            "study/default_gap": max(gaps, default=0.0),
+            "study/certificate_growth": growth,
+            "study/seconds": sum(point["seconds"] for point in content["points"]),
+        },
+        artifacts={"study": run.directory / FILE, "table": table},
+        objective=max(gaps, default=0.0),
+    )
+
+
+def _write_csv(path: Path, rows: list[list[str]]) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([HEADS, *rows])
+    replace_bytes(path, buffer.getvalue().encode())
+
+
+def _print(rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table: Any = Table(*HEADS, box=None, pad_edge=False)
+    budget = None
+    for row in rows:
+        if budget not in (None, row[:2]):
+            table.add_section()
+        budget = row[:2]
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 1000
+    Console(file=sys.stdout, highlight=False, width=width, markup=False).print(table)
+
+
+main = hydra_command("study", study, shared=True)
