@@ -169,6 +169,17 @@ def test_uniform_is_never_better_than_certified(seed, coarse, monkeypatch):
         assert objective(layers, allocate(layers, keep, "certified")) <= uniform + 1e-12
 
 
+def test_uniform_is_taken_where_both_approximations_are_worse(monkeypatch):
+    """By hand: two of each lose 8, free 6; hull and coarse units arrive at one and three, 9."""
+    monkeypatch.setattr(knapsack, "EXACT_LIMIT", 0)
+    monkeypatch.setattr(knapsack, "QUANTA", 4)
+    layers = [
+        Curve(components=4, cost=1, errors=[0.0, 0, 4, 7]),
+        Curve(components=4, cost=2, errors=[0.0, 2, 4, 9]),
+    ]
+    assert allocate(layers, 0.5, "certified") == [2, 2]
+
+
 def test_uniform_keeps_the_same_fraction():
     """By hand: exact fractions are met exactly, others rounded, never over the whole budget."""
     layers = [Curve(components=n, cost=1, errors=[0.0] * n) for n in (8, 16, 10)]
@@ -220,6 +231,13 @@ def test_global_threshold_removes_the_lowest_standardised_scores():
     threshold = np.sort(standard, axis=None)[41]
     expected = 21 - (standard <= threshold).sum(1)
     assert allocate(layers, 1 - 42 / 105, "global") == expected.tolist()
+
+
+def test_global_threshold_keeps_the_order_of_removal():
+    """By hand: cheap removals after a dear one wait for it; the other layer's come first."""
+    dear_first = Curve(components=5, cost=1, errors=np.sqrt(np.cumsum([0.0, 9, 1, 1, 1])))
+    dear_last = Curve(components=5, cost=1, errors=np.sqrt(np.cumsum([0.0, 1, 1, 1, 9])))
+    assert allocate([dear_first, dear_last], 0.7, "global") == [5, 2]
 
 
 def test_global_threshold_counts_what_each_removal_frees():
