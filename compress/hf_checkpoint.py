@@ -183,7 +183,7 @@ def _load_resized(
         folder, local_files_only=True, trust_remote_code=False
     )
     with _Unallocated(), torch.random.fork_rng(devices=[]):
-        dense = library.AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+        dense = library.AutoModelForCausalLM.from_config(config)
     adapter = decoder_adapter(dense)
     model = adapter.cut(kept_inputs(adapter, folder, manifest))
     state: dict[str, torch.Tensor] = {}
@@ -192,6 +192,7 @@ def _load_resized(
             state |= safetensors.torch.load_file(folder / name)
     if dtype is not None:
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        model.config.dtype = dtype
     unfilled = list(model.parameters())
     unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     model.tie_weights()

@@ -44,7 +44,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="session")
 def transformers() -> Any:
     """Return the package; its import takes seconds, so only these tests pay for it."""
-    return pytest.importorskip("transformers")
+    library = pytest.importorskip("transformers")
+    # The package imports its parts on first use: that time belongs to no single test.
+    assert library.AutoModelForCausalLM
+    assert library.LlamaForCausalLM
+    return library
 
 
 @pytest.fixture
