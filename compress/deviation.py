@@ -1,287 +1,231 @@
-"""By how much pruning can have moved the output: certified and semi-empirical bounds.
+"""By how much a change of MLPs and heads can have moved the output, over all inputs.
 
-Each pruned block differs from the dense one by ``delta_l`` at the same input; the dense
-certificate carries that to the logits: ``e_{l+1} <= rho_l e_l + delta_l``, errors on the pruned
-trajectory, constants of the dense network. Tokens of the pruned network may leave the dense
-network's balls; then the dense blocks are first proved again on wider ones.
-Source: spec modhifi 5.2 (form B), bound_tightening 2.2 and 5; the chord intervals are our own.
+Each changed block differs from the dense one by ``delta_l`` at the same input, and a certificate
+carries that to the logits: ``e_{l+1} <= rho_l e_l + delta_l``. In form A the errors are those on
+the dense network's tokens and the constants those of the changed network, in form B the other way
+round. Both constants must hold wherever tokens of either network can lie.
+Source: spec modhifi 5.2, bound_tightening 5.
 """
 
-# Legend: C width, F MLP width, N elementwise nonlinearities.
+# Legend: K kept inputs, L blocks, M positions.
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.certificate import BlockProof, Certificate
 from common.errors import CertificateError
-from common.models import LayerConfig
-from common.norms import (
-    SLACK,
-    exact64,
-    gamma,
-    round_up,
-    schur_norm,
-)
-from compress.chords import chord_interval
-from compress.targets import block_indices
-from solvers.bounds.ellipsoid import Tokens
-from solvers.bounds.mlp_block import tighten_mlp
-from solvers.bounds.mlp_proof import MlpForm, mlp_bound
-from solvers.bounds.slopes import PHI_ERROR, apply
+from common.norms import SLACK, TINY, round_up
+from compress.attention_deviation import attention_delta
+from compress.changed_pair import kept_inputs, require_cut
+from compress.mlp_deviation import mlp_delta
+from compress.recertify import recertify
+from solvers.bounds.ellipsoid import Ellipsoid, Tokens
 from solvers.bounds.stream_proof import prove_block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Deviation:
-    """Certified effect of pruning.
+class Form:
+    """One of the two bounds.
 
     Attributes:
-        deltas: Per block (attention and MLP in turn), l2 bound on the change of its output.
-        logits: Bound on the RMS change of the logits over the vocabulary, largest over tokens.
-        radii: Per block, l2 bound on the tokens that enter it in the pruned network.
-        certificate: The dense certificate, its blocks proved on wider balls where needed; a record
-            of this calculation, not a certificate to store.
+        name: ``A`` or ``B``.
+        deltas: Per block (attention and MLP in turn), l2 bound on the change of its output over
+            the tokens of the dense (A) or the changed (B) network.
+        radii: Per block, l2 bound on those tokens.
+        certificate: Constants of the changed (A) or the dense (B) network, proved wherever tokens
+            of either lie; a record of this calculation, not a certificate to store.
     """
 
+    name: str
     deltas: tuple[float, ...]
-    logits: float
     radii: tuple[float, ...]
     certificate: Certificate
+
+    def stream(self, deltas_ML: Tensor) -> Tensor:
+        """Bound the l2 movement of the final stream from changes of the blocks, row by row.
+
+        Args:
+            deltas_ML: Changes at the same input, residual weight included, float64.
+        """
+        error_M = deltas_ML.new_zeros(len(deltas_ML))
+        for block, delta_M in zip(self.certificate.blocks, deltas_ML.T, strict=True):
+            moved_M = (block.tightened * error_M + delta_M) * (1 + SLACK)
+            # A small but positive error must not vanish by underflow.
+            is_moved_M = (error_M > 0) | (delta_M > 0)
+            error_M = torch.where(is_moved_M, moved_M.clamp(min=TINY), 0.0)
+        return error_M
+
+    def logits(self, deltas_ML: Tensor) -> Tensor:
+        """Bound the RMS movement of the logits over the vocabulary; arguments as ``stream``."""
+        scale = round_up(self.certificate.head_norm / math.sqrt(self.certificate.vocab_size))
+        return scale * self.stream(deltas_ML) * (1 + SLACK)
+
+    def gains(self) -> tuple[float, ...]:
+        """Return per block the RMS movement of the logits per unit of its change (l2)."""
+        proof = self.certificate
+        scale = proof.head_norm / math.sqrt(proof.vocab_size)
+        return tuple(scale * proof.amplification(index) for index in range(len(proof.blocks)))
+
+    @property
+    def bound(self) -> float:
+        """Bound on the RMS movement of the logits over all inputs of the domain."""
+        return float(self.logits(self._worst))
+
+    @property
+    def stream_bound(self) -> float:
+        """Bound on the l2 movement of the final stream over all inputs of the domain."""
+        return float(self.stream(self._worst))
+
+    @property
+    def _worst(self) -> Tensor:
+        return torch.tensor([self.deltas], dtype=torch.float64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Deviation:
+    """Certified effect of a change: the smaller of the two forms.
+
+    Attributes:
+        a: Errors on dense tokens, constants of the changed network.
+        b: Errors on the changed network's tokens, dense constants.
+    """
+
+    a: Form
+    b: Form
+
+    @property
+    def forms(self) -> tuple[Form, Form]:
+        """Both forms."""
+        return (self.a, self.b)
+
+    @property
+    def logits(self) -> float:
+        """Bound on the RMS change of the logits over the vocabulary, largest over tokens."""
+        return min(form.bound for form in self.forms)
+
+    @property
+    def stream(self) -> float:
+        """Bound on the l2 change of the final stream, largest over tokens."""
+        return min(form.stream_bound for form in self.forms)
+
+
+class _Network(NamedTuple):
+    """One of the two networks and its proof."""
+
+    config: Any
+    tensors: Mapping[str, Tensor]
+    certificate: Certificate
+
+    @classmethod
+    def of(cls, model: Any, certificate: Certificate) -> "_Network":
+        tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        return cls(model.config, tensors, certificate)
+
+    def prove(self, block: BlockProof, tokens: Tokens) -> tuple[BlockProof, Tokens]:
+        """Prove a block again for other tokens; return where they go as well."""
+        own = self.certificate.block_multipliers(block.index)
+        bound = prove_block(self.config, self.tensors, block.index, tokens, own)
+        proof = dataclasses.replace(
+            block,
+            tightened=bound.tightened,
+            naive=bound.naive,
+            radius_in=tokens.radius,
+            radius_out=bound.radius_out,
+            naive_radius_in=tokens.naive_radius,
+            naive_radius_out=bound.naive_radius_out,
+        )
+        return proof, bound.tokens
 
 
 def certified_deviation(
     dense: Any,
-    pruned: Any,
-    kept: Mapping[str, Tensor],
+    changed: Any,
+    kept: Mapping[str, Tensor] | None,
     certificate: Certificate,
     *,
+    changed_certificate: Certificate | None = None,
     max_evals: int = 20,
 ) -> Deviation:
     """Bound the change of the logits over all inputs of the certificate's domain.
 
     Args:
-        dense: Transformer the certificate speaks about.
-        pruned: The same one with fewer MLP neurons and new down projections.
-        kept: Indices of the kept neurons per target name; all of them where none is named.
+        dense: Transformer before the change.
+        changed: The same one with fewer MLP neurons or heads, other down projections, or other
+            output matrices.
+        kept: Kept input indices per target name; all of them where none is named, or for None.
         certificate: Proof of the dense transformer.
-        max_evals: Budget of eigen-decompositions per layer to tighten the bound; 0 is sound too.
+        changed_certificate: Proof of the changed one; by default made here without a search.
+        max_evals: Budget of eigen-decompositions per changed block; 0 is sound too.
 
     Returns:
-        Per-block and total bounds. All are 0 when nothing differs.
+        Both forms. All bounds are 0 when nothing differs.
 
     Raises:
-        CertificateError: if anything else than the MLPs differs.
+        CertificateError: if anything else differs, or the two proofs have different domains.
     """
-    _require_same_frame(dense, pruned)
-    tokens = Tokens.ball(certificate.width, certificate.radius)
-    deltas, radii, blocks = [], [], []
-    for index, layer in enumerate(dense.layers):
-        kept_K = kept.get(f"layers.{index}.mlp", torch.arange(layer.layer.mlp_width))
-        attention, mlp = certificate.blocks[2 * index : 2 * index + 2]
-        radii.append(tokens.radius)
-        attention, tokens = _prove_again(dense, certificate, attention, tokens)
-        radii.append(tokens.radius)
-        radius_in = tokens.radius
-        mlp, tokens = _prove_again(dense, certificate, mlp, tokens)
-        blocks += [attention, mlp]
-        delta, radius_out = _block_bounds(
-            dense.layers[index].mlp, pruned.layers[index].mlp, kept_K, radius_in, max_evals
+    inputs = kept_inputs(dense, kept or {})
+    require_cut(dense, changed, inputs)
+    if changed_certificate is None:
+        changed_certificate = recertify(dense, changed, inputs, certificate, max_evals=0)
+    if certificate.radius != changed_certificate.radius:
+        raise CertificateError(
+            f"domains of radius {certificate.radius:.6g} and {changed_certificate.radius:.6g}: "
+            "expected one; certify both networks again"
         )
-        tokens = _widened(tokens, delta, radius_out)
-        deltas += [0.0, delta]
-    enlarged = dataclasses.replace(certificate, blocks=tuple(blocks))
+    before, after = _Network.of(dense, certificate), _Network.of(changed, changed_certificate)
+
+    def delta(index: int, tokens: Tokens) -> float:
+        old, new = dense.layers[index // 2], changed.layers[index // 2]
+        kept_K = inputs.get(f"layers.{index // 2}.{('heads', 'mlp')[index % 2]}")
+        if kept_K is None:
+            return 0.0
+        if index % 2:
+            return mlp_delta(old.mlp, new.mlp, kept_K, tokens.radius, max_evals=max_evals)
+        return attention_delta(old.attention, new.attention, kept_K, tokens, max_evals=max_evals)
+
     return Deviation(
-        deltas=tuple(deltas),
-        logits=enlarged.logit_deviation(deltas),
-        radii=tuple(radii),
-        certificate=enlarged,
+        a=_form("A", after, before, delta),
+        b=_form("B", before, after, delta),
     )
 
 
-def block_delta(
-    dense: Any, pruned: Any, kept_K: Tensor, radius: float, *, max_evals: int = 20
-) -> float:
-    """Bound ``a |f(x) - f~(x)|`` over all ``|x| <= radius`` for one pruned MLP.
+def _form(
+    name: str, reference: _Network, other: _Network, delta: Callable[[int, Tokens], float]
+) -> Form:
+    """Prove the constants of ``reference`` and bound the changes on the tokens of ``other``."""
+    both = Tokens.ball(reference.config.width, reference.certificate.radius)
+    deltas, radii, blocks = [], [], []
+    for block, twin in zip(reference.certificate.blocks, other.certificate.blocks, strict=True):
+        proof, after = reference.prove(block, both)
+        # Its own proof may know better where the other network's tokens lie.
+        own = both._replace(radius=min(both.radius, twin.radius_in))
+        blocks.append(proof)
+        deltas.append(delta(block.index, own))
+        radii.append(own.radius)
+        both = _joined(after, deltas[-1], twin)
+    enlarged = dataclasses.replace(reference.certificate, blocks=tuple(blocks))
+    return Form(name=name, deltas=tuple(deltas), radii=tuple(radii), certificate=enlarged)
+
+
+def _joined(after: Tokens, delta: float, twin: BlockProof) -> Tokens:
+    """Return where tokens of both networks lie after a block that the change moved by ``delta``.
 
     Args:
-        dense: ``MLP`` module before pruning.
-        pruned: After pruning; its up projection holds the kept rows.
-        kept_K: Kept neurons.
-        radius: Domain, l2.
-        max_evals: As in ``certified_deviation``.
-
-    Returns:
-        l2 bound, residual weight included; exactly 0 when nothing changed.
-
-    Raises:
-        CertificateError: if more than the down projection differs.
+        after: Where the reference block takes tokens of both.
+        delta: How far from there the other block can take its own.
+        twin: The other block's proof, which says where it takes them.
     """
-    _require_kept_rows(dense, pruned, kept_K)
-    change = _parameters(dense)
-    down_CF = change["down.weight"].clone()
-    down_CF[:, kept_K.cpu()] -= exact64(pruned.down.weight)
-    change["down.weight"] = down_CF
-    if "down.bias" in change:
-        change["down.bias"] = change["down.bias"] - exact64(pruned.down.bias)
-    bound = branch_bound(change, dense.layer, radius, max_evals=max_evals)
-    return round_up(dense.layer.mlp_residual * bound)
-
-
-def branch_bound(
-    tensors: Mapping[str, Tensor],
-    layer: LayerConfig,
-    radius: float,
-    *,
-    skip: float = 0.0,
-    max_evals: int = 20,
-) -> float:
-    """Bound ``|skip x + W_2 phi(W_1 x + b_1) + b_2|`` over all ``|x| <= radius``.
-
-    The map is its value at 0 plus ``(C + B S G) x`` with diagonal ``|S| <= 1``, from the chord
-    interval of each neuron; the K-form bounds that matrix for any positive multipliers.
-
-    Args:
-        tensors: ``up.weight`` (F, C), ``down.weight`` (C, F) and, if the layer has them, biases.
-        layer: Activation.
-        radius: Domain, l2.
-        skip: Weight of the identity.
-        max_evals: Eigen-decompositions spent on the multipliers.
-
-    Returns:
-        l2 bound in float64, rounded upward; 0 when the map is exactly zero.
-    """
-    start = _norm_at_zero(tensors, layer)
-    if not skip and not bool(tensors["down.weight"].any()):
-        return start
-    form = _chord_form(tensors, layer, radius, skip)
-    found = tighten_mlp(form.c_CC, form.b_CN, form.g_NC, max_evals=max_evals)
-    slope, _ = mlp_bound(form, found.theta.exp())
-    return round_up(start + round_up(slope * radius))
-
-
-def _chord_form(
-    tensors: Mapping[str, Tensor], layer: LayerConfig, radius: float, skip: float
-) -> MlpForm:
-    """Return the difference quotients from 0 as ``C + B S G`` and the rounding made in ``C``."""
-    used_F = tensors["down.weight"].any(0)
-    if layer.activation == "maxmin":
-        used_F = used_F.reshape(-1, 2).any(1).repeat_interleave(2)
-    inner_NC, outer_CN = tensors["up.weight"][used_F], tensors["down.weight"][:, used_F]
-    rest_N = inner_NC.new_zeros(len(inner_NC))
-    if layer.mlp_bias:
-        rest_N = tensors["up.bias"][used_F]
-    c_CC = skip * torch.eye(inner_NC.shape[1], dtype=torch.float64)
-    size_CC = c_CC.abs()
-    if layer.activation == "maxmin":
-        # max, min = (s + |t|) / 2, (s - |t|) / 2 of the sum s and the difference t of a pair.
-        sums_NC, sums_CN = inner_NC[::2] + inner_NC[1::2], outer_CN[:, ::2] + outer_CN[:, 1::2]
-        c_CC = c_CC + sums_CN @ sums_NC / 2
-        size_CC = size_CC + sums_CN.abs() @ sums_NC.abs() / 2
-        inner_NC = inner_NC[::2] - inner_NC[1::2]
-        outer_CN = (outer_CN[:, ::2] - outer_CN[:, 1::2]) / 2
-        rest_N = rest_N[::2] - rest_N[1::2]
-    reach_N = radius * inner_NC.norm(dim=1) * (1 + SLACK)
-    low_N, high_N = chord_interval(layer, rest_N, reach_N)
-    middle_N, spread_N = (low_N + high_N) / 2, (high_N - low_N) / 2 * (1 + SLACK) + SLACK
-    c_CC = c_CC + (outer_CN * middle_N) @ inner_NC
-    size_CC = size_CC + (outer_CN.abs() * middle_N.abs()) @ inner_NC.abs()
-    error = 1.01 * gamma(2 * len(inner_NC) + 16) * schur_norm(size_CC)
-    return MlpForm(c_CC, outer_CN * spread_N, inner_NC, error)
-
-
-def _block_bounds(
-    dense: Any, pruned: Any, kept_K: Tensor, radius: float, max_evals: int
-) -> tuple[float, float]:
-    """Return ``(delta, radius after the pruned block)`` for tokens of norm at most ``radius``."""
-    delta = block_delta(dense, pruned, kept_K, radius, max_evals=max_evals)
     if delta == 0:
-        return 0.0, float("inf")
-    a = dense.layer.mlp_residual
-    tensors = _parameters(pruned)
-    for name in ("down.weight", "down.bias"):
-        if name in tensors:
-            tensors[name] = a * tensors[name]
-    return delta, branch_bound(tensors, pruned.layer, radius, skip=1 - a, max_evals=0)
-
-
-def _widened(tokens: Tokens, delta: float, radius_out: float) -> Tokens:
-    """Return where tokens of both networks lie after a block that pruning moved by ``delta``."""
-    if delta == 0.0:
-        return tokens
-    both = max(tokens.radius, min(radius_out, round_up(tokens.radius + delta)))
-    naive_radius = max(both, round_up(tokens.naive_radius + delta))
-    return Tokens(tokens.domain.plus_ball(delta), both, naive_radius)
-
-
-def _prove_again(
-    dense: Any, certificate: Certificate, block: BlockProof, tokens: Tokens
-) -> tuple[BlockProof, Tokens]:
-    """Return a block's proof where the tokens of both networks lie, and where they go."""
-    bound = prove_block(
-        dense.config,
-        dense.state_dict(),
-        block.index,
-        tokens,
-        certificate.block_multipliers(block.index),
-    )
-    proof = dataclasses.replace(
-        block,
-        tightened=bound.tightened,
-        naive=bound.naive,
-        radius_in=tokens.radius,
-        radius_out=bound.radius_out,
-        naive_radius_in=tokens.naive_radius,
-        naive_radius_out=bound.naive_radius_out,
-    )
-    return proof, bound.tokens
-
-
-def _norm_at_zero(tensors: Mapping[str, Tensor], layer: LayerConfig) -> float:
-    """Bound ``|W_2 phi(b_1) + b_2|``; exactly 0 for zero tensors or without biases."""
-    if not layer.mlp_bias:
-        return 0.0
-    down_CF, rest_F = tensors["down.weight"], tensors["up.bias"]
-    hidden_F = apply(rest_F, layer)
-    value_C = down_CF @ hidden_F + tensors["down.bias"]
-    size_C = down_CF.abs() @ (hidden_F.abs() + rest_F.abs()) + tensors["down.bias"].abs()
-    rounding = (PHI_ERROR / min(1.0, layer.gelu_divisor) + 2 * gamma(down_CF.shape[1] + 8)) * float(
-        size_C.norm()
-    )
-    return round_up(float(value_C.norm()) + rounding)
-
-
-def _require_same_frame(dense: Any, pruned: Any) -> None:
-    """Refuse a pair that differs outside its MLPs: the bound would not see it."""
-    if pruned.config != dense.config.replace(mlp_width=pruned.config.mlp_width):
-        raise CertificateError(
-            "pruned model: its configuration differs from the dense one in more than mlp_width, "
-            "so the change cannot be certified; prune with compress.prune"
-        )
-    own = pruned.state_dict()
-    for name, tensor in dense.state_dict().items():
-        if ".mlp." not in name and not torch.equal(own[name], tensor):
-            raise CertificateError(
-                f"pruned model: {name} differs from the dense one, so the change cannot be "
-                "certified; prune with compress.prune"
-            )
-
-
-def _require_kept_rows(dense: Any, pruned: Any, kept_K: Tensor) -> None:
-    """Refuse a pair whose hidden activations differ: the bound only sees the down projection."""
-    unit, rows_K = dense.layer.unit, kept_K.to(dense.up.weight.device)
-    is_same = torch.equal(kept_K, block_indices(kept_K[::unit] // unit, unit))
-    for name, tensor in dense.up.state_dict().items():
-        is_same = is_same and torch.equal(pruned.up.state_dict()[name], tensor[rows_K])
-    if not is_same:
-        raise CertificateError(
-            "pruned MLP: its up projection is not the kept rows of the dense one, so its change "
-            "cannot be certified; prune with compress.prune"
-        )
-
-
-def _parameters(mlp: Any) -> dict[str, Tensor]:
-    return {name: exact64(tensor) for name, tensor in mlp.state_dict().items()}
+        return after
+    radius = max(after.radius, min(round_up(after.radius + delta), twin.radius_out))
+    naive = min(round_up(after.naive_radius + delta), twin.naive_radius_out)
+    naive = max(radius, after.naive_radius, naive)
+    domain = after.domain.plus_ball(delta)
+    if domain.radius > radius:
+        domain = Ellipsoid.ball(len(domain.factor_CC), radius)
+    return Tokens(domain, radius, naive)

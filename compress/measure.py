@@ -1,11 +1,11 @@
-"""What pruning does on text: bits per byte, divergence from the dense model, deviations.
+"""What pruning does on text: bits per byte, divergence from the dense model.
 
-Everything here is a measurement; bounds are in ``deviation``, times in ``timing``.
+Everything here is a measurement; deviations and bounds are in ``text_deviation`` and
+``deviation``, times in ``timing``.
 """
 
 # Legend: B sequences, T tokens, C width, V vocabulary.
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +17,6 @@ from torch import Tensor
 BATCH_TOKENS = 8192
 KEPT_NUMBERS = 1 << 25
 """Largest number of dense logits that is kept between models: 128 MiB."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Measured:
-    """Deviations seen on a text.
-
-    Attributes:
-        deltas: Per block, largest l2 change of its output on the pruned trajectory.
-        logits: Largest RMS change of a token's logits over the vocabulary.
-        top1_agreement: Share of positions whose most likely token is unchanged.
-        margins_M: Dense logit of the first minus that of the second token, per position.
-    """
-
-    deltas: tuple[float, ...]
-    logits: float
-    top1_agreement: float
-    margins_M: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,43 +101,6 @@ def bits_per_byte(model: Any, windows_BT: Tensor, bytes_per_token: float) -> flo
         total += _nats(model(part[:, :-1]).float().log_softmax(-1), part)
     targets = windows_BT.shape[0] * (windows_BT.shape[1] - 1)
     return total / targets / math.log(2) / bytes_per_token
-
-
-@torch.no_grad()
-def measure_deviation(dense: Any, pruned: Any, tokens_BT: Tensor) -> Measured:
-    """Return the largest deviations between two networks on the same text.
-
-    Both run in float64, so that equal networks give exactly 0 and rounding does not count.
-
-    Args:
-        dense: Transformer before pruning.
-        pruned: After pruning; attention, embedding and head are the same.
-        tokens_BT: Token ids.
-    """
-    # Only tensors are copied: the float64 twins live for the duration of this call.
-    dense, pruned = copy.deepcopy(dense).double(), copy.deepcopy(pruned).double()
-    device = next(dense.parameters()).device
-    deltas = [0.0] * (2 * len(dense.layers))
-    logits, same, margins = 0.0, 0, []
-    for part in _batches(tokens_BT):
-        x_BTC = y_BTC = dense.embed(part.to(device))
-        for index, (old, new) in enumerate(zip(dense.layers, pruned.layers, strict=True)):
-            x_BTC = old(x_BTC)
-            y_BTC = new.attend_block(y_BTC)
-            same_BTC, y_BTC = old.mlp_block(y_BTC), new.mlp_block(y_BTC)
-            delta = float((same_BTC - y_BTC).norm(dim=-1).max())
-            deltas[2 * index + 1] = max(deltas[2 * index + 1], delta)
-        old_BTV, new_BTV = dense.logits(x_BTC), pruned.logits(y_BTC)
-        logits = max(logits, float((old_BTV - new_BTV).square().mean(-1).sqrt().max()))
-        same += int((old_BTV.argmax(-1) == new_BTV.argmax(-1)).sum())
-        top_BT2 = old_BTV.topk(2, dim=-1).values
-        margins.append((top_BT2[..., 0] - top_BT2[..., 1]).flatten())
-    return Measured(
-        deltas=tuple(deltas),
-        logits=logits,
-        top1_agreement=same / tokens_BT.numel(),
-        margins_M=torch.cat(margins),
-    )
 
 
 def _nats(log_BTV: Tensor, windows_BT: Tensor) -> float:

@@ -1,9 +1,9 @@
-"""``prune``: from a certified bundle to a smaller bundle and the account of what it cost."""
+"""``prune``: from a certified bundle to a smaller, certified bundle and the account of its cost."""
 
-# Legend: B sequences, T tokens, M positions.
+# Legend: B sequences, T tokens.
 
-import math
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +12,15 @@ from torch import Tensor
 from common.bundle import Bundle, save_bundle
 from common.certificate import Certificate
 from common.errors import BundleError, CertificateError, ConfigError, DataError
-from common.norms import round_up
 from compress.adapters import LipschitzAdapter
 from compress.adapters.lipschitz import amplifications
 from compress.deviation import Deviation, certified_deviation
-from compress.fit import Fit
-from compress.measure import Measured, measure_deviation
 from compress.pruner import Pruning, Survey, prune_model
+from compress.recertify import recertify
+from compress.report import PruneReport as PruneReport
+from compress.report import sizes
 from compress.settings import CompressConfig
-
-FORMAT_VERSION = 1
-AGREEMENT = 1e-9
-"""Relative rounding allowed between a measurement and the bound above it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PruneReport:
-    """What was removed and by how much the output can have moved.
-
-    Deviations are RMS over the vocabulary, largest over tokens, in units of logits.
-
-    Attributes:
-        settings: What was asked for.
-        removed_fraction: Removed share of the MLP parameters.
-        params_fraction: Parameters of the pruned model over those of the dense one.
-        measured_deviation: Largest one seen on held-out text.
-        semi_empirical_deviation: Largest per-block changes seen there, certified propagation.
-        certified_deviation: Bound over every input of the certificate's domain.
-        top1_agreement: Share of held-out positions whose most likely token is unchanged.
-        certified_top1: Share of them whose margin proves that.
-        layers: Per layer: width before and after, kept neurons, relative errors, changes.
-        pruning: The model and the per-layer decisions.
-        deviation: The bound's parts.
-    """
-
-    settings: CompressConfig
-    removed_fraction: float
-    params_fraction: float
-    measured_deviation: float
-    semi_empirical_deviation: float
-    certified_deviation: float
-    top1_agreement: float
-    certified_top1: float
-    layers: tuple[dict[str, Any], ...]
-    pruning: Pruning
-    deviation: Deviation
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the content of ``compression.json``."""
-        settings = asdict(self.settings)
-        if settings["tau"] == float("inf"):
-            settings["tau"] = "inf"
-        return {
-            "format_version": FORMAT_VERSION,
-            "settings": settings,
-            "removed_fraction": self.removed_fraction,
-            "params_fraction": self.params_fraction,
-            "measured_deviation": self.measured_deviation,
-            "semi_empirical_deviation": self.semi_empirical_deviation,
-            "certified_deviation": self.certified_deviation,
-            "top1_agreement": self.top1_agreement,
-            "certified_top1": self.certified_top1,
-            "layers": list(self.layers),
-        }
+from compress.text_deviation import AGREEMENT, TextBounds, measure_deviation, text_bounds
 
 
 def prune(
@@ -86,8 +32,10 @@ def prune(
     path: str | Path | None = None,
     found: Survey | None = None,
     command: str = "",
+    max_evals: int = 20,
+    tighten: bool = True,
 ) -> tuple[Bundle, PruneReport]:
-    """Prune a certified bundle and write the smaller one. Nothing is inherited: certify it again.
+    """Prune a certified bundle and write the smaller one with a certificate of its own.
 
     Args:
         bundle: Dense transformer with its certificate.
@@ -97,6 +45,8 @@ def prune(
         path: New bundle; by default beside the old one, with ``-pruned`` appended.
         found: A survey of the same model and tokens, if there is one.
         command: The command line, for the manifest.
+        max_evals: Effort on the bounds, see ``make_report``.
+        tighten: As in ``make_report``.
 
     Returns:
         The new bundle and the report.
@@ -107,22 +57,43 @@ def prune(
         ConfigError: when ``bias`` is asked of a model without biases.
         DataError: for too little or non-finite calibration data.
     """
-    certificate = require_certificate(bundle)
-    check_model(bundle.config, settings)
+    pruner = PRUNERS.get(bundle.kind)
+    if pruner is None:
+        raise BundleError(f"{bundle.path}: a {bundle.kind}; compress expects a transformer")
     held_BT = tokens_BT if held_BT is None else held_BT
-    gains = amplifications(LipschitzAdapter(bundle.model), certificate)
-    pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found)
-    report = make_report(bundle.model, certificate, pruning, held_BT, settings)
+    effort = {"max_evals": max_evals, "tighten": tighten}
+    report = pruner(bundle, settings, tokens_BT, held_BT, found, effort)
     where = Path(path) if path is not None else bundle.path.with_name(f"{bundle.path.name}-pruned")
     saved = save_bundle(
         where,
-        pruning.model,
+        report.pruning.model,
         bundle.tokenizer,
+        certificate=report.after,
         compression=report.to_dict(),
         parent=bundle,
         command=command,
     )
     return saved, report
+
+
+def _prune_transformer(
+    bundle: Bundle,
+    settings: CompressConfig,
+    tokens_BT: Tensor,
+    held_BT: Tensor,
+    found: Survey | None,
+    effort: Mapping[str, Any],
+) -> PruneReport:
+    certificate = require_certificate(bundle)
+    check_model(bundle.config, settings)
+    gains = amplifications(LipschitzAdapter(bundle.model), certificate)
+    pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found)
+    return make_report(bundle.model, certificate, pruning, held_BT, settings, **effort)
+
+
+PRUNERS: dict[str, Callable[..., PruneReport]] = {"transformer": _prune_transformer}
+"""Per kind of bundle: from bundle, settings, inputs, held-out inputs, survey, effort to a report
+with ``pruning``, ``after`` (the new certificate) and ``to_dict``."""
 
 
 def make_report(
@@ -133,8 +104,9 @@ def make_report(
     settings: CompressConfig,
     *,
     max_evals: int = 20,
+    tighten: bool = True,
 ) -> PruneReport:
-    """Measure and bound what a pruning changed.
+    """Certify the pruned model, and measure and bound what the pruning changed.
 
     Args:
         dense: Transformer before pruning.
@@ -142,29 +114,30 @@ def make_report(
         pruning: The result.
         held_BT: Text for the measurements.
         settings: What was asked for.
-        max_evals: Effort on the certified bound, see ``certified_deviation``.
+        max_evals: Eigen-decompositions per search of multipliers; 0 searches nothing.
+        tighten: False certifies the pruned model from norms alone, for many models in a row.
 
     Raises:
         CertificateError: if a measurement exceeds its bound, which would refute the proof.
     """
+    model, kept = pruning.model, pruning.kept
+    began = time.perf_counter()
+    after = recertify(dense, model, kept, certificate, max_evals=max_evals, tighten=tighten)
+    seconds = time.perf_counter() - began
     deviation = certified_deviation(
-        dense, pruning.model, pruning.kept, certificate, max_evals=max_evals
+        dense, model, kept, certificate, changed_certificate=after, max_evals=max_evals
     )
-    measured = measure_deviation(dense, pruning.model, held_BT)
-    semi = deviation.certificate.logit_deviation(measured.deltas)
-    _check_order(measured.logits, semi, deviation.logits)
+    text = text_bounds(measure_deviation(dense, model, held_BT), deviation)
+    _check_order(text, deviation)
     return PruneReport(
         settings=settings,
-        removed_fraction=pruning.removed_fraction,
-        params_fraction=pruning.model.num_parameters / dense.num_parameters,
-        measured_deviation=measured.logits,
-        semi_empirical_deviation=semi,
-        certified_deviation=deviation.logits,
-        top1_agreement=measured.top1_agreement,
-        certified_top1=_proved_share(measured, deviation),
-        layers=tuple(_layer_record(fit, deviation, measured) for fit in pruning.fits),
         pruning=pruning,
         deviation=deviation,
+        text=text,
+        before=certificate,
+        after=after,
+        size=sizes(dense, pruning),
+        certify_s=seconds,
     )
 
 
@@ -204,40 +177,11 @@ def check_model(config: Any, settings: CompressConfig) -> None:
         )
 
 
-def _check_order(measured: float, semi: float, certified: float) -> None:
-    for low, high, names in (
-        (measured, semi, "measured deviation above the semi-empirical one"),
-        (semi, certified, "semi-empirical deviation above the certified one"),
-    ):
-        if low > high * (1 + AGREEMENT):
-            raise CertificateError(
-                f"{names} ({low:.6g} > {high:.6g}): the certificate is refuted; certify the dense "
-                "bundle again and report this"
-            )
-
-
-def _proved_share(measured: Measured, deviation: Deviation) -> float:
-    """Return the share of positions whose margin exceeds what a pair of logits can move."""
-    proof = deviation.certificate
-    if proof.head_norm == 0:
-        return float((measured.margins_M > 0).double().mean())
-    stream = deviation.logits * math.sqrt(proof.vocab_size) / proof.head_norm
-    moved = round_up(round_up(stream) * proof.pair_norm)
-    return float((measured.margins_M > moved).double().mean())
-
-
-def _layer_record(fit: Fit, deviation: Deviation, measured: Measured) -> dict[str, Any]:
-    block = 2 * fit.target.layer + (fit.target.kind == "mlp")
-    return {
-        "layer": fit.target.layer,
-        "kind": fit.target.kind,
-        "unit": fit.target.unit,
-        "dense_width": fit.target.inputs,
-        "width": len(fit.kept_K),
-        "kept": fit.kept_K.tolist(),
-        "error": fit.error,
-        "held_error": fit.held_error,
-        "certified_delta": deviation.deltas[block],
-        "measured_delta": measured.deltas[block],
-        "radius": deviation.radii[block],
-    }
+def _check_order(text: TextBounds, deviation: Deviation) -> None:
+    """Refuse a text whose blocks move by more than is proved; its rounding does not count."""
+    found, limit = float(text.bound_M.max()), deviation.logits * (1 + AGREEMENT) + text.allowance
+    if found > limit:
+        raise CertificateError(
+            f"measured block changes above the certified ones ({found:.6g} > {limit:.6g}): the "
+            "certificate is refuted; certify the dense bundle again and report this"
+        )

@@ -8,9 +8,9 @@ from common.models.config import ACTIVATIONS
 from compress.adapters import adapter_for
 from compress.adapters.lipschitz import amplifications
 from compress.allocate import ALLOCATORS
-from compress.measure import measure_deviation
 from compress.pruner import prune_model, survey
 from compress.settings import ORDERS, CompressConfig
+from compress.text_deviation import measure_deviation
 from solvers.bounds import certify
 
 SINGLE = 1e-6
