@@ -84,7 +84,6 @@ def allocate(
     keep: float,
     method: str = "certified",
     *,
-    align: int | None = None,
     total: float | None = None,
     name: str = "compress.keep",
 ) -> list[int]:
@@ -94,7 +93,6 @@ def allocate(
         curves: One per layer; one that keeps everything need not respect ``align``.
         keep: Fraction of ``total`` that may stay, in (0, 1].
         method: Name in ``ALLOCATORS``.
-        align: Replaces the curves' own.
         total: Of whatever ``keep`` is meant, in the units of the curves; all that they hold
             together by default.
         name: What messages call ``keep``.
@@ -106,8 +104,6 @@ def allocate(
         ConfigError: for an unknown method or when the curves do not reach the budget.
     """
     one_of("compress.allocation", method, ALLOCATORS)
-    if align is not None:
-        curves = [dataclasses.replace(curve, align=align) for curve in curves]
     if total is None:
         total = sum(curve.total for curve in curves)
     reach = sum(float(curve.freed(curve.options()[-1])) for curve in curves)

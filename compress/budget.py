@@ -106,7 +106,8 @@ def share(
         method: Name in ``allocate.ALLOCATORS``.
         budget: What ``keep`` is a fraction of; parameters of the prunable part by default.
         keep_heads: A budget of its own for the targets of kind ``heads``; ``keep`` is then that
-            of the others. None shares one budget among all.
+            of the others. With ``of=model`` only 1, which leaves the heads alone. None shares
+            one budget among all.
         model_total: Parameters, operations per token or seconds of the whole dense model, in the
             unit of ``budget.kind``; needed for ``of=model``.
         seconds: Times a target at a kept number, one run per call; needed for ``latency``.
@@ -116,7 +117,7 @@ def share(
         keep equally many under ``uniform``.
 
     Raises:
-        ConfigError: for an unknown method, two budgets of one whole model, ``keep_heads``
+        ConfigError: for an unknown method, two reductions of one model, ``keep_heads``
             without heads, or a budget that the least kept numbers put out of reach.
     """
     budget = Budget() if budget is None else budget
@@ -179,10 +180,10 @@ def latency_table(candidate: Candidate, seconds: Seconds) -> list[float]:
 def _check_heads(candidates: Sequence[Candidate], keep_heads: float | None, budget: Budget) -> None:
     if keep_heads is None:
         return
-    if budget.of == "model":
+    if budget.of == "model" and keep_heads < 1:
         raise ConfigError(
-            f"compress.keep_heads={keep_heads}: expected none with compress.budget.of=model, "
-            "whose one fraction is of everything; remove it, or set compress.budget.of=prunable"
+            f"compress.keep_heads={keep_heads}: expected 1 or null with compress.budget.of=model, "
+            "whose one fraction is of everything; change it, or set compress.budget.of=prunable"
         )
     if all(candidate.target.kind != "heads" for candidate in candidates):
         raise ConfigError(

@@ -44,6 +44,11 @@ def tabulated(seed: int, layers: int = 3, size: int = 6, *, whole: bool) -> list
     return found
 
 
+def aligned(layers: list[Curve], align: int) -> list[Curve]:
+    """Return the same curves with kept numbers that are multiples of ``align``."""
+    return [dataclasses.replace(curve, align=align) for curve in layers]
+
+
 def restricted(seed: int, layers: int = 3) -> list[Curve]:
     """Return random curves of which all but the first admit few kept numbers only."""
     found = curves(seed, layers)
@@ -105,10 +110,9 @@ def test_whole_units_are_shared_optimally(name, seed, share, method, loss):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("keep", KEEPS)
 def test_alignment_is_respected_at_the_optimum(seed, keep):
-    """Oracle: all combinations of even kept numbers, given per curve or for all."""
-    layers = [dataclasses.replace(curve, align=2) for curve in curves(seed)]
+    """Oracle: all combinations of even kept numbers."""
+    layers = aligned(curves(seed), 2)
     kept = allocate(layers, keep)
-    assert kept == allocate(curves(seed), keep, align=2)
     assert all(k % 2 == 0 or k == 7 for k in kept)
     best = min(objective(layers, choice) for choice in all_choices(layers, keep))
     assert objective(layers, kept) == pytest.approx(best)
@@ -184,12 +188,12 @@ def test_uniform_keeps_the_same_fraction():
     """By hand: exact fractions are met exactly, others rounded, never over the whole budget."""
     layers = [Curve(components=n, cost=1, errors=[0.0] * n) for n in (8, 16, 10)]
     assert allocate(layers, 0.75, "uniform") == [6, 12, 7]
-    assert allocate(layers, 0.75, "uniform", align=4) == [4, 12, 8]
+    assert allocate(aligned(layers, 4), 0.75, "uniform") == [4, 12, 8]
 
 
 def test_uniform_treats_equal_layers_equally_whatever_their_errors():
     """One count for all of a kind, as an ordinary checkpoint needs; heads must divide 8."""
-    wide = [dataclasses.replace(c, align=4) for c in curves(5, layers=4, size=31, convex=True)]
+    wide = aligned(curves(5, layers=4, size=31, convex=True), 4)
     heads = [
         Curve(components=8, cost=5, errors=[0.0] * 8, allowed=frozenset({1, 2, 4, 8}))
         for _ in range(4)
@@ -250,7 +254,7 @@ def test_global_threshold_counts_what_each_removal_frees():
 @pytest.mark.parametrize("method", ALLOCATORS)
 def test_keeping_everything_removes_nothing(method):
     """Also when the layers' widths are no multiples of ``align``."""
-    assert allocate(curves(0), 1.0, method, align=4) == [7, 7, 7]
+    assert allocate(aligned(curves(0), 4), 1.0, method) == [7, 7, 7]
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)

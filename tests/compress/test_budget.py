@@ -246,9 +246,12 @@ def test_impossible_wishes_are_refused_in_one_line(arguments, message):
 
 
 def test_two_fractions_of_one_model_are_refused():
-    """The message names both remedies."""
-    with pytest.raises(ConfigError, match=r"keep_heads=0.5: .* remove it, or set .*of=prunable"):
-        share(model(), 0.5, budget=Budget(of="model"), keep_heads=0.5, model_total=1000)
+    """The message names both remedies; heads may be left alone, as by hand."""
+    budget = Budget(of="model")
+    with pytest.raises(ConfigError, match=r"keep_heads=0.5: .* change it, or set .*of=prunable"):
+        share(model(), 0.5, budget=budget, keep_heads=0.5, model_total=1000)
+    kept = share(model(), 0.82, budget=budget, keep_heads=1.0, model_total=1000)
+    assert list(kept.values()) == [4, 6, 4, 6, 4, 6]
 
 
 def test_heads_out_of_reach_are_called_by_their_setting():
