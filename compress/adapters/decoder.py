@@ -1,26 +1,25 @@
 """Decoder models of ``transformers``: what all families share.
 
-Every place is one linear map whose inputs go and the maps that produce those inputs; families
-only name them. Nothing here imports ``transformers``.
+Families only name their maps (see ``places``). Nothing here imports ``transformers``.
 """
 
-# Legend: B batch, T tokens, C width, I inputs, O outputs, K kept inputs, N components.
+# Legend: B batch, T tokens, C width, I inputs, O outputs, K kept inputs, N kept components.
 
 import contextlib
 import copy
 import functools
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigError, ShapeError
+from common.errors import ShapeError
 from compress.adapters.base import Adapter, Stage
-from compress.adapters.linear import biased, inputs_of, is_linear, narrowed, outputs_of, weight_view
-from compress.targets import Target, block_indices
+from compress.adapters.linear import inputs_of, narrowed, weight_view
+from compress.adapters.places import LayerShape, Place, check_maps, check_place
+from compress.targets import Target
 
 ATTENDED = 2048
 """Tokens of context for which the operations of attention are counted; fewer where the model or
@@ -40,69 +39,6 @@ class Stream(NamedTuple):
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
 
 
-class Producer(NamedTuple):
-    """A map whose outputs go together with the components.
-
-    Attributes:
-        module: The map.
-        unit: Outputs per component in each part.
-        parts: Equal parts side by side: 3 for fused queries, keys and values.
-    """
-
-    module: Any
-    unit: int
-    parts: int = 1
-
-    def outputs(self, kept_N: Tensor) -> Tensor:
-        """Return the output indices that belong to components."""
-        size = outputs_of(self.module) // self.parts
-        within_K = block_indices(kept_N, self.unit)
-        return torch.cat([part * size + within_K for part in range(self.parts)])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """The maps of one target.
-
-    Attributes:
-        consumer: The map whose inputs go.
-        unit: Inputs per component.
-        producers: The maps that produce those inputs.
-    """
-
-    consumer: Any
-    unit: int
-    producers: tuple[Producer, ...]
-
-    @property
-    def components(self) -> int:
-        """Number of components."""
-        return inputs_of(self.consumer) // self.unit
-
-    @property
-    def params(self) -> int:
-        """Parameters of one component."""
-        count = self.unit * outputs_of(self.consumer)
-        for producer in self.producers:
-            rows = producer.unit * producer.parts
-            count += rows * (inputs_of(producer.module) + biased(producer.module))
-        return count
-
-    @property
-    def weights(self) -> int:
-        """Parameters of one component that multiply."""
-        biases = sum(p.unit * p.parts * biased(p.module) for p in self.producers)
-        return self.params - biases
-
-
-class LayerShape(NamedTuple):
-    """Sizes of one decoder layer."""
-
-    mlp_width: int
-    heads: int
-    kv_heads: int
-
-
 class DecoderAdapter(Adapter):
     """A causal language model of ``transformers``.
 
@@ -120,12 +56,12 @@ class DecoderAdapter(Adapter):
         for index, layer in enumerate(self.layers):
             where = f"{type(model).__name__}: layer {index}"
             for part in (self.attention(index), layer.mlp):
-                _check_maps(where, part, self.maps)
+                check_maps(where, part, self.maps)
             for part, place in (
                 (self.attention(index), self.heads_place(index)),
                 (layer.mlp, self.mlp_place(index)),
             ):
-                _check_place(where, part, place)
+                check_place(where, part, place)
         self._targets = tuple(self._describe())
 
     maps: tuple[str, ...] = ()
@@ -328,36 +264,6 @@ class DecoderAdapter(Adapter):
 def base_model(model: Any) -> Any:
     """Return a model of ``transformers`` without its head."""
     return getattr(model, model.base_model_prefix, model)
-
-
-def _check_maps(where: str, part: Any, names: Collection[str]) -> None:
-    """Refuse maps that cannot be narrowed."""
-    for name, module in part.named_children():
-        if name in names and not is_linear(module):
-            raise ConfigError(
-                f"{where} {name} is a {type(module).__name__}: expected a plain linear map in "
-                "floating point; merge its adapters or load the model without quantisation"
-            )
-
-
-def _check_place(where: str, part: Any, place: Place) -> None:
-    """Refuse parts that would no longer fit narrower maps."""
-    owned = {id(place.consumer)} | {id(producer.module) for producer in place.producers}
-    head_dim = getattr(part, "head_dim", 0)
-    for name, module in part.named_modules():
-        others = [] if id(module) in owned else module.parameters(recurse=False)
-        if any(parameter.numel() != head_dim for parameter in others):
-            raise ConfigError(
-                f"{where} {name or type(part).__name__} holds parameters of its own: expected "
-                "only linear maps and norms of single heads; choose a supported architecture"
-            )
-    for producer in place.producers:
-        found, outputs = outputs_of(producer.module), place.components * producer.unit
-        if found != outputs * producer.parts:
-            raise ConfigError(
-                f"{where} {type(part).__name__}: a map of {found} outputs, expected "
-                f"{outputs * producer.parts}; choose a supported architecture"
-            )
 
 
 def _is_admitted(config: Any, values: Mapping[str, int]) -> bool:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from compress.adapters.decoder import DecoderAdapter, LayerShape, Place, Producer, base_model
+from compress.adapters.decoder import DecoderAdapter, base_model
+from compress.adapters.places import LayerShape, Place, Producer
 
 
 class GPT2Adapter(DecoderAdapter):

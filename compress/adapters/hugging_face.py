@@ -3,9 +3,10 @@
 from typing import Any
 
 from common.errors import ConfigError
-from compress.adapters.decoder import DecoderAdapter, LayerShape, Place, Producer, base_model
+from compress.adapters.decoder import DecoderAdapter, base_model
 from compress.adapters.gpt2 import GPT2Adapter
 from compress.adapters.linear import outputs_of
+from compress.adapters.places import LayerShape, Place, Producer
 
 ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MAPS = ("gate_proj", "up_proj", "down_proj")
