@@ -23,6 +23,7 @@ from common.reporting import (
     robustness,
     serving,
     solving,
+    study,
     training,
 )
 from common.reporting.page import missing, page
@@ -104,6 +105,7 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         "attack": (robustness.robustness,),
         "compress": (pruning.pruning,),
         "generate": (serving.cache, lambda story: serving.samples(story, settings.samples)),
+        "study": (study.study,),
         "solve": (solving.solving,),
         "campaign": (campaign.campaign,),
     }
@@ -116,6 +118,8 @@ def story_page(story: Story, settings: ReportConfig) -> str:
     about = "A language model with a machine-checkable bound on its sensitivity."
     if story.root.command == solving.COMMAND:
         about = "A monotone inclusion, and how a method came to its solution."
+    elif story.root.command == study.COMMAND:
+        about = "Ways to prune one model, compared on the same text."
     elif story.root.command == campaign.COMMAND:
         about = "Attempts to refute the proofs that certificates rest on."
     lead = f"{about} Each figure says what is proved, what is measured and what is only estimated."

@@ -34,7 +34,7 @@ from compress.pruner import Survey, prune_model
 from compress.rotation import directions, slice_width, width_for
 from compress.settings import CompressConfig
 from compress.statistics import Statistics, collect
-from compress.study_config import KINDS, ROTATION, Case, StudyConfig
+from compress.study_config import DEFAULT, KINDS, ROTATION, Case, StudyConfig
 from compress.study_config import cases as grid
 from compress.timing import decode_speed, forward_speed
 from compress.verdict import mark
@@ -150,7 +150,8 @@ class Study:
                 self.dense, model, kept, self.certificate, max_evals=evals
             ).logits
         tightened = None
-        if case.method in (self.default, *self.settings.tighten):
+        names = (DEFAULT, case.method) if case.method == self.default else (case.method,)
+        if not set(names).isdisjoint(self.settings.tighten):
             tightened = certify(model).tightened
         return dataclasses.asdict(case) | {
             "val_bits_per_byte": quality.bits_per_byte,
