@@ -82,7 +82,7 @@ class Reference:
 
     @torch.no_grad()
     def _logits(self, model: Any, part: Tensor) -> Tensor:
-        return model(part[:, :-1]).float()
+        return logits_of(model, part[:, :-1])
 
 
 @torch.no_grad()
@@ -98,9 +98,15 @@ def bits_per_byte(model: Any, windows_BT: Tensor, bytes_per_token: float) -> flo
     total = 0.0
     for part in _batches(windows_BT):
         part = part.to(device)
-        total += _nats(model(part[:, :-1]).float().log_softmax(-1), part)
+        total += _nats(logits_of(model, part[:, :-1]).log_softmax(-1), part)
     targets = windows_BT.shape[0] * (windows_BT.shape[1] - 1)
     return total / targets / math.log(2) / bytes_per_token
+
+
+def logits_of(model: Any, tokens_BT: Tensor) -> Tensor:
+    """Return float32 logits (B, T, V) of our transformers and of those of ``transformers``."""
+    output = model(tokens_BT)
+    return getattr(output, "logits", output).float()
 
 
 def _nats(log_BTV: Tensor, windows_BT: Tensor) -> float:
