@@ -65,10 +65,8 @@ def fit_target(
     kept_K = block_indices(chosen, target.unit)
     weight_IO = torch.zeros_like(problem.weight_IO)
     weight_IO[kept_K] = _weights(adapter, target, problem, kept_K, settings)
-    bias_O = None
-    if settings.bias and len(kept_K) < target.inputs:
-        bias_O = adapter.bias(target)
-        assert bias_O is not None
+    bias_O = adapter.bias(target) if settings.bias and len(kept_K) < target.inputs else None
+    if bias_O is not None:
         bias_O = bias_O + (problem.weight_IO - weight_IO).T @ fitted.mean_I
     return Fit(
         target=target,
@@ -86,8 +84,9 @@ def make_problem(
     adapter: Adapter, target: Target, moments: Moments, settings: CompressConfig
 ) -> Problem:
     """Return the reconstruction problem of one target; centred where the bias may move."""
+    is_centred = settings.bias and adapter.bias(target) is not None
     return Problem(
-        gram_II=moments.gram_II(centred=settings.bias),
+        gram_II=moments.gram_II(centred=is_centred),
         weight_IO=adapter.weight(target),
         unit=target.unit,
         ridge=settings.ridge_for(moments.count, target.inputs),

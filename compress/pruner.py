@@ -97,14 +97,21 @@ def chosen_targets(adapter: Adapter, settings: CompressConfig) -> tuple[Target, 
     """Return the places whose budget is below 1.
 
     Raises:
-        ConfigError: when the model has none at all.
+        ConfigError: when the model has none at all, or none with the bias that the settings use.
     """
     found = adapter.targets()
+    name = type(adapter.model).__name__
     if not found:
-        raise ConfigError(f"{type(adapter.model).__name__}: nothing in it can be pruned")
+        raise ConfigError(f"{name}: nothing in it can be pruned; choose a model with hidden units")
     chosen = tuple(target for target in found if settings.keep_for(target.kind) < 1)
     # Keeping everything is a no-op on the first kind of place, not an empty job.
-    return chosen or tuple(target for target in found if target.kind != "heads") or found
+    chosen = chosen or tuple(target for target in found if target.kind != "heads") or found
+    if settings.bias and all(adapter.bias(target) is None for target in chosen):
+        raise ConfigError(
+            f"compress.bias=true: no pruned map of this {name} has a bias to absorb the mean; "
+            "set compress.bias=false or choose a model with biases"
+        )
+    return chosen
 
 
 def share_budget(

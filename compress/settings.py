@@ -11,6 +11,7 @@ from compress.compensate import METHODS
 from compress.fidelity import SCORES
 
 ORDERS = ("sequential", "one_shot")
+CALIBRATIONS = ("data", "model", "random")
 AUTO = "auto"
 ENOUGH_TOKENS = 10
 """Tokens per input from which the small default ridge is safe."""
@@ -30,7 +31,8 @@ class CompressConfig:
             or ``auto``: ``lsq_capped`` where there is a certificate to keep, else ``lsq``.
         tau: Cap of ``lsq_capped``: allowed growth of the product of a block's two spectral
             norms; 1 keeps the block's naive constant, ``inf`` lifts the cap.
-        bias: Let the bias of the pruned map absorb the mean of what is removed.
+        bias: Let the biases of the pruned maps, where there are any, absorb the mean of what is
+            removed.
         allocation: How layers share the budget; name in ``allocate.ALLOCATORS``.
         order: ``sequential`` refits each layer on the already pruned prefix, ``one_shot`` uses
             the dense model's activations.
@@ -38,7 +40,9 @@ class CompressConfig:
             default 1e-6 with at least ten tokens per input, else 1e-4.
         min_keep: No layer keeps less than this fraction of its components.
         align: Kept neurons per layer are a multiple of this, in components.
-        tokens: Calibration tokens, from the training split.
+        calibration: Where the calibration inputs come from: ``data`` (the training split),
+            ``model`` (sampled from the model itself) or ``random`` (tokens, or Gaussian images).
+        tokens: Calibration tokens; for images as many numbers are pixels.
         length: Tokens per calibration sequence; the model's context by default.
         holdout: Fraction of the calibration sequences that measures the error only.
         eval_tokens: Validation tokens for bits per byte and measured deviations.
@@ -58,6 +62,7 @@ class CompressConfig:
     ridge: float | None = None
     min_keep: float = 0.1
     align: int = 1
+    calibration: str = "data"
     tokens: int = 65536
     length: int | None = None
     holdout: float = 0.1
@@ -78,6 +83,7 @@ class CompressConfig:
         one_of("compress.comp", self.comp, (AUTO, *METHODS))
         one_of("compress.allocation", self.allocation, ALLOCATORS)
         one_of("compress.order", self.order, ORDERS)
+        one_of("compress.calibration", self.calibration, CALIBRATIONS)
         if not self.tau > 0 or math.isnan(self.tau):
             raise ConfigError(f"compress.tau={self.tau}: expected a number above 0, or inf")
         if self.ridge is not None:
