@@ -220,7 +220,6 @@ class _Additions:
         white_UO = torch.linalg.solve_triangular(root_UU, pull_UO, upper=False)
         match_IU = self.pull_IO @ white_UO.T - factor_IS @ (white_SO @ white_UO.T)
         self._lower(column_IU, match_IU, white_UO @ white_UO.T)
-        self._own_NUU[pick], self._square_NUU[pick] = torch.eye(self.unit), 0
         now = slice(white_SO.shape[0], white_SO.shape[0] + self.unit)
         self._factor_IS[:, now], self._white_SO[now] = column_IU, white_UO
         self.picks.append(pick)
@@ -232,16 +231,15 @@ class _Additions:
     def _best(self) -> tuple[int, Tensor] | None:
         """Return the best component with its pull: inside a round, norms are differences."""
         gains_N = self._gains(slice(None))
-        while True:
-            pick = int(gains_N.argmax())
-            rows = self._rows(pick)
+        gains_N[self.picks] = 0
+        pick, chosen = int(gains_N.argmax()), -1
+        while pick != chosen and gains_N[pick] > 0:
+            chosen, rows = pick, self._rows(pick)
             pull_UO = self.pull_IO[rows] - self.factor_IS[rows] @ self.white_SO
             self._square_NUU[pick] = pull_UO @ pull_UO.T
             gains_N[pick] = self._gains(slice(pick, pick + 1))[0]
-            if not gains_N[pick] > 0:
-                return None
-            if int(gains_N.argmax()) == pick:
-                return pick, pull_UO
+            pick = int(gains_N.argmax())
+        return (pick, pull_UO) if gains_N[pick] > 0 else None
 
     def _gains(self, part: slice) -> Tensor:
         """Return what adding each single component lowers the error by; 0 where dependent."""

@@ -87,9 +87,11 @@ def vote(problem: Problem, seed: int = 0) -> Tensor:
     """
     together_NUO = _pull(problem)
     score_NO = (together_NUO * _solve_own(problem, together_NUO)).sum(1)
-    share_NO = score_NO / output_energies(problem).clamp(min=torch.finfo(score_NO.dtype).tiny)
+    energies_O = output_energies(problem)
+    alive_O = energies_O > 0
+    share_NO = score_NO[:, alive_O] / energies_O[alive_O]
     top = max(1, round(VOTE_SHARE * problem.components))
-    votes_N = torch.zeros_like(share_NO[:, 0])
+    votes_N = score_NO.new_zeros(problem.components)
     chosen = share_NO.topk(top, dim=0).indices.flatten()
     votes_N.index_add_(0, chosen, torch.ones_like(chosen, dtype=votes_N.dtype))
     place_N = share_NO.sum(1).argsort(stable=True).argsort()
