@@ -34,17 +34,22 @@ class Matrix(NamedTuple):
     bias_O: Tensor
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Form:
     """One way to add up the changes of the matrices.
 
     Attributes:
+        matrices: The network on whose activations the changes are bounded; the pruned one at full
+            size: removed columns are zero, removed rows still there.
+        changes: Dense minus pruned matrix, in the rows that the rest of the other network reads.
         deltas: Per matrix, l2 bound on the change of its output at the same input.
         gains: Per matrix, by how much such a change can move the logits (l2).
         radii: Per matrix, l2 distance of its inputs from those of the grey image.
         bound: Bound on the RMS change of the logits over the classes.
     """
 
+    matrices: tuple[Matrix, ...]
+    changes: tuple[Matrix, ...]
     deltas: tuple[float, ...]
     gains: tuple[float, ...]
     radii: tuple[float, ...]
@@ -58,14 +63,10 @@ class ClassifierDeviation:
     Attributes:
         form_a: Changes on dense activations, constants of the pruned network.
         form_b: Changes on the pruned network's activations, dense constants.
-        dense: Matrices before pruning.
-        pruned: After it, at full size: removed columns are zero, removed rows still there.
     """
 
     form_a: Form
     form_b: Form
-    dense: tuple[Matrix, ...]
-    pruned: tuple[Matrix, ...]
 
     @property
     def bound(self) -> float:
@@ -96,26 +97,31 @@ def classifier_deviation(
     layer = _layer(dense.activation)
     dense_norms = norms or [spectral_norm_bound(matrix.weight_OI) for matrix in old]
     pruned_norms = [spectral_norm_bound(linear.weight) for linear in pruning.model.linears]
-    changes = [
+    changes = tuple(
         Matrix(a.weight_OI - b.weight_OI, a.bias_O - b.bias_O)
         for a, b in zip(old, new, strict=True)
-    ]
-    # Pruned matrices read and pass on kept components only.
-    seen = [
+    )
+    seen = tuple(
         Matrix(change.weight_OI[rows], change.bias_O[rows])
         for change, rows in zip(changes, kept[1:], strict=True)
-    ]
+    )
     return ClassifierDeviation(
         form_a=_form(old, seen, pruned_norms, layer, max_evals),
         form_b=_form(new, changes, dense_norms, layer, max_evals),
-        dense=old,
-        pruned=new,
     )
 
 
+def activated(z: Tensor, activation: str) -> Tensor:
+    """Return the activations of pre-activations (..., I), named as in ``LipschitzMLP``."""
+    if activation == "maxmin":
+        pairs = z.unflatten(-1, (-1, 2))
+        return torch.stack((pairs.amax(-1), pairs.amin(-1)), dim=-1).flatten(-2)
+    return {"relu": torch.relu, "tanh": torch.tanh, "abs": torch.abs}[activation](z)
+
+
 def _form(
-    matrices: Sequence[Matrix],
-    changes: Sequence[Matrix],
+    matrices: tuple[Matrix, ...],
+    changes: tuple[Matrix, ...],
     norms: Sequence[float],
     layer: LayerConfig,
     max_evals: int,
@@ -130,7 +136,7 @@ def _form(
         rest_O = matrix.weight_OI @ centre_I + matrix.bias_O
         doubt = _rounding(matrix, centre_I)
         deltas.append(_moved(matrix.weight_OI, rest_O, change, layer, radius, doubt, max_evals))
-        centre_I = _activated(rest_O, layer.activation)
+        centre_I = activated(rest_O, layer.activation)
         around = Matrix(torch.eye(len(centre_I), dtype=torch.float64), -centre_I)
         naive = round_up(round_up(spectral_norm_bound(matrix.weight_OI) * radius) + 2 * doubt)
         moved = _moved(matrix.weight_OI, rest_O, around, layer, radius, doubt, 0)
@@ -144,6 +150,8 @@ def _form(
     for delta, gain in zip(deltas, gains, strict=True):
         total = round_up(total + round_up(delta * gain))
     return Form(
+        matrices=matrices,
+        changes=changes,
         deltas=tuple(deltas),
         gains=tuple(gains),
         radii=tuple(radii),
@@ -180,14 +188,6 @@ def _rounding(matrix: Matrix, centre_I: Tensor) -> float:
     """Bound the l2 rounding error of ``W centre + b``."""
     size_O = matrix.weight_OI.abs() @ centre_I.abs() + matrix.bias_O.abs()
     return 1.01 * gamma(len(centre_I) + 2) * float(size_O.norm())
-
-
-def _activated(rest_O: Tensor, activation: str) -> Tensor:
-    """Return the activations of a grey image; any point near them would do as a centre."""
-    if activation == "maxmin":
-        pairs = rest_O.unflatten(0, (-1, 2))
-        return torch.stack((pairs.amax(1), pairs.amin(1)), dim=1).flatten()
-    return {"relu": torch.relu, "tanh": torch.tanh, "abs": torch.abs}[activation](rest_O)
 
 
 def _layer(activation: str) -> LayerConfig:
