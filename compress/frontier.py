@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from common.certificate import Certificate
-from compress.adapters import LipschitzAdapter
-from compress.adapters.lipschitz import amplifications
+from compress.adapters import adapter_for
 from compress.measure import bits_per_byte
 from compress.pruner import Survey, prune_model
 from compress.record import PruneReport, make_report
@@ -39,7 +38,7 @@ def frontier_points(
     """
     tokens_BT, windows_BT = texts
     points = []
-    gains = amplifications(LipschitzAdapter(dense), certificate)
+    gains = adapter_for(dense).amplifications(certificate)
     for keep in sorted(set(report.settings.frontier) - {report.settings.keep}, reverse=True):
         settings = dataclasses.replace(report.settings, keep=keep, order="one_shot")
         pruning = prune_model(dense, tokens_BT, settings, gains=gains, found=found)

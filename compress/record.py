@@ -1,6 +1,6 @@
 """``prune``: from a certified bundle to a smaller, certified bundle and the account of its cost."""
 
-# Legend: B sequences, T tokens.
+# Legend: N sequences or images, B sequences, T tokens.
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from common.bundle import Bundle, save_bundle
 from common.certificate import Certificate
-from common.errors import BundleError, CertificateError, ConfigError, DataError
-from compress.adapters import LipschitzAdapter
-from compress.adapters.lipschitz import amplifications
+from common.errors import CertificateError, ConfigError, DataError
+from common.images import Images
+from compress.adapters import adapter_for
+from compress.classifier_report import ClassifierReport, classifier_report
 from compress.deviation import Deviation, certified_deviation
 from compress.pruner import Pruning, Survey, prune_model
 from compress.recertify import recertify
@@ -26,24 +27,25 @@ from compress.text_deviation import AGREEMENT, TextBounds, measure_deviation, te
 def prune(
     bundle: Bundle,
     settings: CompressConfig,
-    tokens_BT: Tensor,
+    inputs: Tensor,
     *,
-    held_BT: Tensor | None = None,
+    held: Tensor | Images | None = None,
     path: str | Path | None = None,
     found: Survey | None = None,
     command: str = "",
     max_evals: int = 20,
     tighten: bool = True,
-) -> tuple[Bundle, PruneReport]:
+) -> tuple[Bundle, PruneReport | ClassifierReport]:
     """Prune a certified bundle and write the smaller one with a certificate of its own.
 
     Args:
-        bundle: Dense transformer with its certificate.
+        bundle: Dense transformer or classifier with its certificate.
         settings: What to do.
-        tokens_BT: Calibration tokens (sequences, length), at most the model's context long.
-        held_BT: Other text, for the measured deviations; the calibration text by default.
+        inputs: Calibration tokens (N, T), at most the model's context long, or images (N, I).
+        held: What is measured: other tokens, the calibration text by default; for a classifier
+            the images with their classes, of which the validation part counts.
         path: New bundle; by default beside the old one, with ``-pruned`` appended.
-        found: A survey of the same model and tokens, if there is one.
+        found: A survey of the same model and inputs, if there is one.
         command: The command line, for the manifest.
         max_evals: Effort on the bounds, see ``make_report``.
         tighten: As in ``make_report``.
@@ -52,17 +54,14 @@ def prune(
         The new bundle and the report.
 
     Raises:
-        BundleError: for a classifier, or when the bundle cannot be written.
+        BundleError: when the bundle cannot be written.
         CertificateError: when the bundle has no certificate, or a void one.
         ConfigError: when ``bias`` is asked of a model without biases.
         DataError: for too little or non-finite calibration data.
     """
-    pruner = PRUNERS.get(bundle.kind)
-    if pruner is None:
-        raise BundleError(f"{bundle.path}: a {bundle.kind}; compress expects a transformer")
-    held_BT = tokens_BT if held_BT is None else held_BT
     effort = {"max_evals": max_evals, "tighten": tighten}
-    report = pruner(bundle, settings, tokens_BT, held_BT, found, effort)
+    pruner = PRUNERS[bundle.kind]
+    report = pruner(bundle, settings, inputs, inputs if held is None else held, found, effort)
     where = Path(path) if path is not None else bundle.path.with_name(f"{bundle.path.name}-pruned")
     saved = save_bundle(
         where,
@@ -86,12 +85,30 @@ def _prune_transformer(
 ) -> PruneReport:
     certificate = require_certificate(bundle)
     check_model(bundle.config, settings)
-    gains = amplifications(LipschitzAdapter(bundle.model), certificate)
+    gains = adapter_for(bundle.model).amplifications(certificate)
     pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found)
     return make_report(bundle.model, certificate, pruning, held_BT, settings, **effort)
 
 
-PRUNERS: dict[str, Callable[..., PruneReport]] = {"transformer": _prune_transformer}
+def _prune_classifier(
+    bundle: Bundle,
+    settings: CompressConfig,
+    images_NI: Tensor,
+    held: Images,
+    found: Survey | None,
+    effort: Mapping[str, Any],
+) -> ClassifierReport:
+    certificate = require_certificate(bundle)
+    adapter = adapter_for(bundle.model)
+    gains = adapter.amplifications(certificate)
+    pruning = prune_model(bundle.model, images_NI, settings, gains=gains, found=found)
+    return classifier_report(bundle.model, pruning, held, certificate, settings, **effort)
+
+
+PRUNERS: dict[str, Callable[..., Any]] = {
+    "transformer": _prune_transformer,
+    "classifier": _prune_classifier,
+}
 """Per kind of bundle: from bundle, settings, inputs, held-out inputs, survey, effort to a report
 with ``pruning``, ``after`` (the new certificate) and ``to_dict``."""
 
@@ -141,15 +158,12 @@ def make_report(
     )
 
 
-def require_certificate(bundle: Bundle) -> Certificate:
-    """Return the certificate of a transformer bundle.
+def require_certificate(bundle: Bundle) -> Any:
+    """Return the certificate of a bundle.
 
     Raises:
-        BundleError: for another kind of model.
         CertificateError: when there is none, naming the command that makes one.
     """
-    if bundle.kind != "transformer":
-        raise BundleError(f"{bundle.path}: a {bundle.kind}; compress expects a transformer")
     if bundle.certificate is None:
         raise CertificateError(
             f"{bundle.path}: no certificate, so no deviation can be certified; "

@@ -24,7 +24,6 @@ from common.errors import DataError
 from common.files import write_json
 from common.reporting.runs import read_json
 from compress.adapters import LipschitzAdapter
-from compress.adapters.lipschitz import amplifications
 from compress.deviation import certified_deviation
 from compress.fidelity import rank
 from compress.fit import make_problem
@@ -72,7 +71,7 @@ class Study:
         self.tokens_BT, self._windows_BT = texts
         self._bytes_per_token = bytes_per_token
         self._adapter = LipschitzAdapter(self.dense)
-        self._gains = amplifications(self._adapter, certificate)
+        self._gains = self._adapter.amplifications(certificate)
         self._surveys: dict[str, Survey] = {}
         self._identity = _identity(bundle, settings, base, texts)
 

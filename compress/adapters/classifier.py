@@ -71,6 +71,14 @@ class ClassifierAdapter(Adapter):
         rounding = torch.finfo(module.weight.dtype).eps / 2 * math.sqrt(rank)
         return limit / (1 + rounding + 4 * EIGEN_MARGIN)
 
+    def amplifications(self, certificate: ClassifierCertificate) -> dict[str, float]:
+        """Return the product of the norms that follow, see ``Adapter``."""
+        gain, gains = 1.0, {}
+        for target in reversed(self.targets()):
+            gains[target.name] = gain
+            gain = round_up(gain * certificate.norms[target.layer])
+        return gains
+
     @torch.no_grad()
     def cut(self, kept: Mapping[str, Tensor]) -> LipschitzMLP:
         """Return the MLP with only the kept neurons; see ``Adapter.cut``."""
@@ -99,19 +107,3 @@ class ClassifierAdapter(Adapter):
         stream = self.model.linears[index](stream)
         is_last = index + 1 == len(self.model.linears)
         return stream if is_last else self.model.activate(stream)
-
-
-def amplifications(
-    adapter: ClassifierAdapter, certificate: ClassifierCertificate
-) -> dict[str, float]:
-    """Return by how much an error of each pruned matrix can move the logits (l2).
-
-    Args:
-        adapter: The dense model.
-        certificate: Its proof.
-    """
-    gain, gains = 1.0, {}
-    for target in reversed(adapter.targets()):
-        gains[target.name] = gain
-        gain = round_up(gain * certificate.norms[target.layer])
-    return gains

@@ -99,6 +99,15 @@ class LipschitzAdapter(Adapter):
             low, high = (middle, high) if is_bounded else (low, middle)
         return torch.lerp(old_KO, weight_KO, low)
 
+    def amplifications(self, certificate: Certificate) -> dict[str, float]:
+        """Return what residual weight and later blocks make of an error, see ``Adapter``."""
+        config, gains = self.model.config, {}
+        for target in self.targets():
+            layer, is_mlp = config.layer(target.layer), target.kind == "mlp"
+            gain = layer.mlp_residual if is_mlp else layer.attn_residual * layer.attn_factor
+            gains[target.name] = gain * certificate.amplification(2 * target.layer + is_mlp)
+        return gains
+
     @torch.no_grad()
     def cut(self, kept: Mapping[str, Tensor]) -> LipschitzTransformer:
         """Return the transformer with only the kept neurons and heads; see ``Adapter.cut``."""
@@ -112,26 +121,6 @@ class LipschitzAdapter(Adapter):
             changes = cutter(state, target, layer, kept[target.name])
             config = config.with_layer(target.layer, **changes)
         return assemble(config, state, self.model)
-
-
-def amplifications(adapter: LipschitzAdapter, certificate: Certificate) -> dict[str, float]:
-    """Return by how much an error of each pruned map can move the final stream (l2).
-
-    Args:
-        adapter: The dense model.
-        certificate: Its proof.
-    """
-    config = adapter.model.config
-    gains = {}
-    for target in adapter.targets():
-        layer = config.layer(target.layer)
-        if target.kind == "heads":
-            gain = layer.attn_residual * layer.attn_factor
-            gains[target.name] = gain * certificate.amplification(2 * target.layer)
-        else:
-            gain = layer.mlp_residual
-            gains[target.name] = gain * certificate.amplification(2 * target.layer + 1)
-    return gains
 
 
 def assemble(config: ModelConfig, state: dict[str, Tensor], like: Any) -> LipschitzTransformer:

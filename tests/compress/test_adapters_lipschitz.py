@@ -7,7 +7,6 @@ from common.errors import ConfigError
 from common.models.config import ACTIVATIONS
 from common.norms import spectral_norm
 from compress.adapters import LipschitzAdapter, adapter_for, captured, rows_of
-from compress.adapters.lipschitz import amplifications
 from compress.targets import block_indices
 from solvers.bounds import certify
 
@@ -215,7 +214,7 @@ def test_amplifications_are_those_of_the_certificate(make_model):
     """Oracle: the certificate's deviation of one block's unit error."""
     model = make_model("gelu", attn_residual=0.3, mlp_residual=0.4)
     certificate = certify(model, tighten=False)
-    gains = amplifications(adapter_for(model), certificate)
+    gains = adapter_for(model).amplifications(certificate)
     for target in adapter_for(model).targets():
         layer = model.config.layer(target.layer)
         is_heads = target.kind == "heads"

@@ -6,7 +6,6 @@ import torch
 from common.errors import ConfigError
 from common.models.config import ACTIVATIONS
 from compress.adapters import adapter_for
-from compress.adapters.lipschitz import amplifications
 from compress.allocate import ALLOCATORS
 from compress.pruner import prune_model, survey
 from compress.settings import ORDERS, CompressConfig
@@ -24,7 +23,7 @@ def tokens(count: int = 48, seed: int = 0) -> torch.Tensor:
 
 def prune(model, inputs, settings, **options):
     """Prune under the naive certificate's amplifications."""
-    gains = amplifications(adapter_for(model), certify(model, tighten=False))
+    gains = adapter_for(model).amplifications(certify(model, tighten=False))
     return prune_model(model, inputs, settings, gains=gains, **options)
 
 
