@@ -33,7 +33,9 @@ BATCH_NUMBERS = 16384
 """Input numbers (tokens, pixels) processed at a time."""
 ROWS_PER_INPUT = 2
 SAVE_SECONDS = 60.0
-"""Between two savings; longer where saving takes more than a tenth of it."""
+"""Between two savings, at least."""
+SAVE_SHARE = 0.1
+"""Largest share of the time that goes into saving."""
 
 
 @torch.no_grad()
@@ -188,7 +190,7 @@ def _empty(targets: Sequence[Target], device: torch.device, *, has_apart: bool) 
     bytes_each = {target.name: 8 * target.inputs**2 for target in targets}
     largest = max(bytes_each, key=lambda name: bytes_each[name], default="none")
     log.info(
-        "activation statistics of %d targets: %.1f MB, the largest %s with %.1f MB",
+        "activation statistics of %d targets: %.3f MB, the largest %s with %.3f MB",
         len(targets) * (1 + has_apart),
         sum(bytes_each.values()) * (1 + has_apart) / 1e6,
         largest,
@@ -236,7 +238,7 @@ class _File:
         progress = Progress(fingerprint=self.key, done=self.done, batches=self.total)
         save_statistics(self.path, statistics, progress)
         now = time.monotonic()
-        self._next = now + max(SAVE_SECONDS, 10 * (now - began))
+        self._next = now + max(SAVE_SECONDS, (now - began) / SAVE_SHARE)
 
 
 @contextlib.contextmanager
