@@ -50,7 +50,7 @@ def compensate(
         ConfigError: for an unknown method.
     """
     one_of("compress.comp", method, METHODS)
-    if len(kept_K) == len(problem.weight_IO):
+    if len(kept_K) in (0, len(problem.weight_IO)):
         return problem.weight_IO[kept_K]
     return METHODS[method](problem, kept_K, cap)
 

@@ -7,7 +7,7 @@ import torch
 
 from common.errors import ConfigError
 from compress.compensate import compensate, reconstruction_error
-from compress.fidelity import SCORES, rank
+from compress.fidelity import SCORES, output_fidelity, rank, subset_fidelity
 from compress.targets import Problem, block_indices
 
 EXACT = 1e-9
@@ -117,9 +117,7 @@ def test_permuting_components_permutes_the_order(make_problem, score, unit):
 @pytest.mark.parametrize(
     ("score", "invariant"),
     [
-        ("obs", True),
-        ("energy", True),
-        ("singleton", True),
+        *((name, True) for name in SCORES if name not in ("magnitude", "random")),
         ("magnitude", False),
     ],
 )
@@ -142,20 +140,21 @@ def test_uncorrelated_components_make_all_informed_scores_agree(make_problem):
     diagonal = Problem(
         gram_II=torch.diag(problem.gram_II.diagonal()), weight_IO=problem.weight_IO, ridge=0.0
     )
-    orders = [rank(diagonal, score).order for score in ("obs", "energy", "singleton")]
-    assert torch.equal(orders[0], orders[1])
-    assert torch.equal(orders[0], orders[2])
+    agreeing = ("obs", "greedy", "energy", "singleton", "rowsum", "cholesky", "flap")
+    orders = [rank(diagonal, score).order for score in agreeing]
+    assert all(torch.equal(order, orders[0]) for order in orders)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_obs_is_near_the_exhaustive_optimum(make_problem, seed):
+@pytest.mark.parametrize("score", ["obs", "greedy"])
+def test_eliminations_are_near_the_exhaustive_optimum(make_problem, seed, score):
     """Oracle: all subsets of four out of ten."""
     problem, _ = make_problem("low_rank", seed, inputs=10, outputs=6)
     best = min(
         refit_error(problem, torch.tensor(subset))
         for subset in itertools.combinations(range(10), 4)
     )
-    assert refit_error(problem, rank(problem, "obs").kept(4)) <= NEAR_OPTIMAL * best
+    assert refit_error(problem, rank(problem, score).kept(4)) <= NEAR_OPTIMAL * best
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "clusters"])
@@ -172,6 +171,60 @@ def test_quality_gate_obs_then_energy_then_singleton(make_problem, kind, fractio
             errors.append(reconstruction_error(held, kept, new) / held.energy)
         means[score] = sum(errors) / 3
     assert means["obs"] <= means["energy"] <= means["singleton"]
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_fidelity_is_what_a_regression_on_the_kept_inputs_explains(make_problem, unit):
+    """Oracle: lstsq on rows with this Gram, for each output and all subsets of six components."""
+    problem, _ = make_problem("low_rank", inputs=6 * unit, outputs=5, unit=unit)
+    rows = torch.linalg.cholesky(problem.gram_II).T
+    target = rows @ problem.weight_IO
+    for size in range(7):
+        for subset in itertools.combinations(range(6), size):
+            chosen = torch.tensor(subset, dtype=torch.int64)
+            part = rows[:, block_indices(chosen, unit)]
+            residual = target - part @ torch.linalg.lstsq(part, target).solution if size else target
+            share = residual.square().sum(0) / target.square().sum(0)
+            found = output_fidelity(problem, chosen)
+            torch.testing.assert_close(found, 1 - share, rtol=EXACT, atol=EXACT)
+            whole = 1 - float(residual.square().sum() / target.square().sum())
+            assert subset_fidelity(problem, chosen) == pytest.approx(whole, abs=EXACT)
+
+
+@pytest.mark.parametrize("kind", ["free", "low_rank", "clusters"])
+@pytest.mark.parametrize("unit", [1, 2])
+def test_fidelity_grows_from_nothing_to_everything(make_problem, kind, unit):
+    """Random nested subsets: 0 at the empty one, 1 at the full one, never falling between."""
+    problem, _ = make_problem(kind, seed=2, unit=unit, ridge=1e-2)
+    nested = torch.randperm(problem.components, generator=torch.Generator().manual_seed(8))
+    shares = torch.stack(
+        [output_fidelity(problem, nested[:count]) for count in range(problem.components + 1)]
+    )
+    assert float(shares[0].abs().max()) == 0.0
+    assert bool((shares[-1] == 1).all())
+    assert bool((shares.diff(dim=0) >= -EXACT).all())
+
+
+def test_fidelity_of_outputs_and_layers_without_energy_is_one(make_problem):
+    """An output without weights is skipped in the mean of the layer; a silent layer has 1."""
+    problem, _ = make_problem("low_rank")
+    kept = torch.arange(5)
+    weight = torch.cat([problem.weight_IO, torch.zeros(32, 3, dtype=torch.float64)], dim=1)
+    wider = Problem(gram_II=problem.gram_II, weight_IO=weight)
+    assert bool((output_fidelity(wider, kept)[-3:] == 1).all())
+    assert subset_fidelity(wider, kept) == pytest.approx(subset_fidelity(problem, kept))
+    silent = Problem(gram_II=torch.zeros_like(problem.gram_II), weight_IO=problem.weight_IO)
+    assert subset_fidelity(silent, kept) == 1.0
+
+
+def test_fidelity_agrees_with_the_curve_of_a_ranking(make_problem):
+    """Two ways to the same number: least squares, and sums of elimination costs."""
+    problem, _ = make_problem("clusters", seed=5)
+    ranking = rank(problem, "obs")
+    for keep in (24, 12, 4):
+        expected = 1 - float(ranking.curve[32 - keep]) / problem.energy
+        found = subset_fidelity(problem, ranking.kept(keep))
+        assert found == pytest.approx(expected, abs=EXACT)
 
 
 def test_random_is_reproducible_and_depends_on_the_seed(make_problem):
