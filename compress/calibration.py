@@ -20,7 +20,7 @@ from common.models import LipschitzTransformer
 from compress.decoding import KVCache
 from compress.grams import sums_device
 
-TOKEN_SOURCES = ("text", "model", "random")
+TOKEN_SOURCES = ("data", "model", "random")
 CACHE_NUMBERS = 1 << 28
 """Keys and values held while sampling: 1 GiB in float32 decides how many sequences at a time."""
 
@@ -31,19 +31,19 @@ def calibration_tokens(
     """Return calibration sequences for a language model.
 
     Args:
-        source: ``text`` (windows of the training split, in random order), ``model`` (see
+        source: ``data`` (windows of the training split, in random order), ``model`` (see
             ``sampled_tokens``) or ``random`` (every token equally likely).
         model: A ``LipschitzTransformer`` or a causal model of ``transformers``.
-        count: Sequences; ``text`` gives fewer where the corpus is shorter.
+        count: Sequences; ``data`` gives fewer where the corpus is shorter.
         length: Tokens per sequence.
         seed: Of the order, or of the sampling.
-        corpus: The text; only ``text`` needs it.
+        corpus: The text; only ``data`` needs it.
 
     Returns:
         Token ids (N, T), int64, on the CPU; the same for the same arguments.
 
     Raises:
-        ConfigError: for another source, ``text`` without a corpus, or sequences that the model
+        ConfigError: for another source, ``data`` without a corpus, or sequences that the model
             cannot read.
     """
     one_of("source", source, TOKEN_SOURCES)
@@ -56,7 +56,7 @@ def calibration_tokens(
     if source == "random":
         return torch.randint(model.config.vocab_size, (count, length), generator=generator)
     if corpus is None:
-        raise ConfigError("source=text: expected a corpus; give data, or choose model or random")
+        raise ConfigError("source=data: expected a text; name a corpus, or choose model or random")
     windows_NT = corpus.windows("train", length, count)
     return windows_NT[torch.randperm(len(windows_NT), generator=generator), :-1]
 

@@ -3,6 +3,7 @@
 # Legend: I inputs of the pruned map, O its outputs, K kept inputs.
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,23 @@ class Fit:
     bias_O: Tensor | None
     error: float
     held_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a record of the pruning says about this place."""
+        target = self.target
+        return {
+            "name": target.name,
+            "layer": target.layer,
+            "kind": target.kind,
+            "unit": target.unit,
+            "components": target.components,
+            "kept_components": len(self.kept_K) // target.unit,
+            "dense_width": target.inputs,
+            "width": len(self.kept_K),
+            "kept": self.kept_K.tolist(),
+            "error": self.error,
+            "held_error": self.held_error,
+        }
 
 
 def fit_target(

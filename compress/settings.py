@@ -1,7 +1,8 @@
 """What can be chosen about pruning, validated where it enters."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from common.config import check_types, one_of, positive, within
 from common.errors import ConfigError
@@ -94,6 +95,13 @@ class CompressConfig:
             positive(f"compress.{name}", getattr(self, name))
         if self.length is not None:
             positive("compress.length", self.length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON types; an infinite cap is written as ``inf``."""
+        settings = asdict(self)
+        if math.isinf(self.tau):
+            settings["tau"] = "inf"
+        return settings
 
     def keep_for(self, kind: str) -> float:
         """Return the budget of one kind of target."""

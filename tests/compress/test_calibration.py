@@ -93,10 +93,10 @@ def test_random_tokens_are_uniform(make_model):
 def test_text_is_shuffled_windows(make_model):
     """Oracle: the corpus; every window once, whole, in an order that depends on the seed."""
     model = make_model()
-    tokens_NT = calibration_tokens("text", model, 6, 16, seed=0, corpus=Text())
+    tokens_NT = calibration_tokens("data", model, 6, 16, seed=0, corpus=Text())
     assert torch.equal(tokens_NT, tokens_NT[:, :1] + torch.arange(16))
     assert sorted(tokens_NT[:, 0].tolist()) == [0, 16, 32, 48, 64, 80]
-    other_NT = calibration_tokens("text", model, 6, 16, seed=1, corpus=Text())
+    other_NT = calibration_tokens("data", model, 6, 16, seed=1, corpus=Text())
     assert not torch.equal(tokens_NT, other_NT)
 
 
@@ -106,7 +106,7 @@ def test_mistakes_are_named(make_model):
     with pytest.raises(ConfigError, match="source='news': expected one of text, model, random"):
         calibration_tokens("news", model, 1, 8)
     with pytest.raises(ConfigError, match="source=text: expected a corpus; give data, or choose"):
-        calibration_tokens("text", model, 1, 8)
+        calibration_tokens("data", model, 1, 8)
     for source in TOKEN_SOURCES:
         with pytest.raises(ConfigError, match=r"length=17: expected at most .* context of 16"):
             calibration_tokens(source, model, 1, 17, corpus=Text())
