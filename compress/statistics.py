@@ -146,8 +146,8 @@ def fingerprint(
     """Return a hash of everything that decides the sums: sha256, in hex.
 
     Args:
-        adapter: The model: its structure, configuration, weights and their types.
-        inputs: Calibration inputs (N, ...).
+        adapter: The model; its structure, configuration, weights and their types count.
+        inputs: As in ``collect``, like what follows.
         targets: Where to listen.
         holdout: Fraction held out.
         share: Rank of the process and number of processes.
@@ -196,11 +196,9 @@ def _empty(targets: Sequence[Target], device: torch.device, *, has_apart: bool) 
         largest,
         bytes_each.get(largest, 0) / 1e6,
     )
-    fitted, apart = (
-        {target.name: Moments(target.inputs, device) for target in part}
-        for part in (targets, targets if has_apart else ())
-    )
-    return Statistics(fitted=fitted, apart=apart)
+    parts = (targets, targets if has_apart else ())
+    sums = ({target.name: Moments(target.inputs, device) for target in part} for part in parts)
+    return Statistics(fitted=next(sums), apart=next(sums))
 
 
 class _File:
@@ -244,11 +242,8 @@ class _File:
 @contextlib.contextmanager
 def _bar(total: int, done: int) -> Iterator[Callable[[], None]]:
     """Yield what to call after each batch; a terminal shows a bar."""
-    if not sys.stdout.isatty():
-        yield lambda: None
-        return
     from rich.progress import Progress as Bar
 
-    with Bar(transient=True) as shown:
+    with Bar(transient=True, disable=not sys.stdout.isatty()) as shown:
         task = shown.add_task("activation statistics", total=total, completed=done)
         yield lambda: shown.advance(task)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import DataError, ShapeError
-from compress.grams import Moments
+from compress.grams import Moments, sums_device
 
 EXACT = 1e-12
 """Float64 sums in another order."""
@@ -70,3 +70,37 @@ def test_wrong_width_is_named():
     """The message holds both shapes."""
     with pytest.raises(ShapeError, match=r"\(2, 5\): expected \(\.\.\., 4\)"):
         Moments(4).update(torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rows_lose_nothing_more(dtype):
+    """Oracle: the float64 product of the rounded rows; float16 sums would overflow."""
+    x_MI = (100 * rows(2000, 5)).to(dtype)
+    moments = Moments(5)
+    moments.update(x_MI)
+    expected = x_MI.double().T @ x_MI.double() / 2000
+    torch.testing.assert_close(moments.gram_II(), expected, rtol=SINGLE, atol=0.0)
+
+
+def test_autocast_and_fast_products_around_it_change_nothing():
+    """Oracle: the sums without either; the caller's settings stay."""
+    x_MI = rows(300, 20).float()
+    plain, inside = Moments(20), Moments(20)
+    plain.update(x_MI)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside.update(x_MI)
+            assert (x_MI @ x_MI.T).dtype == torch.bfloat16
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(plain.second_II, inside.second_II)
+
+
+def test_sums_stay_where_float64_exists():
+    """MPS has none: its sums are kept on the CPU; others keep theirs with the rows."""
+    assert sums_device("mps") == torch.device("cpu")
+    assert sums_device("cuda:1") == torch.device("cuda:1")
+    assert Moments(3, "mps").second_II.device.type == "cpu"
