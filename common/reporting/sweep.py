@@ -31,6 +31,12 @@ _FIRST = (
     "compress/certified_deviation",
     "solve/residual",
 )
+_PRUNING = (
+    *("compress/val_bits_per_byte", "compress/kl_nats", "compress/naive", "compress/tightened"),
+    *("compress/certified_deviation", "compress/measured_deviation", "compress/forward_speedup"),
+    *("compress/decode_speedup", "compress/flops_fraction", "compress/params"),
+)
+"""Columns of a sweep of ``compress``: those of the frontier of a single run."""
 _MOST_COLUMNS = 7
 _MOST_LINES = 5
 _LOG_RANGE = 20
@@ -143,6 +149,8 @@ def _rank(metric: str) -> tuple[int, str]:
 
 def _columns(cells: Sequence[StageRun], metrics: Sequence[str]) -> list[str]:
     """Choose metrics that differ between runs, the most telling first."""
+    if _PRUNING[0] in metrics and all(metric.startswith("compress/") for metric in metrics):
+        return [metric for metric in _PRUNING if metric in metrics]
     differing = [m for m in metrics if len({cell.metrics.get(m) for cell in cells}) > 1]
     return (differing or list(metrics))[:_MOST_COLUMNS]
 
@@ -174,17 +182,23 @@ def _plots(
         if len({p for p in positions if p is not None}) < 2 or not shown:
             continue
         others = [n for n in varied if n != name]
-        series = _lines(cells, settings, positions, others, shown[0])
         known = [position for position in positions if position is not None]
         log_x = min(known) > 0 and max(known) >= _LOG_RANGE * min(known)
-        caption = (
-            f"<b>{escape(shown[0])}</b> over <b>{escape(name)}</b>. {kind(_kind(shown[0]))} "
-            f"{escape(METRICS.get(shown[0], 'Metric of each run'))}; one point per run."
-        )
-        markup = key(series) if len(series) > 1 else ""
-        chart = line_chart(series, name, shown[0], log_x=log_x)
-        charts.append(figure(markup + chart, caption))
+        for metric in _drawn(shown):
+            series = _lines(cells, settings, positions, others, metric)
+            caption = (
+                f"<b>{escape(metric)}</b> over <b>{escape(name)}</b>. {kind(_kind(metric))} "
+                f"{escape(METRICS.get(metric, 'Metric of each run'))}; one point per run."
+            )
+            markup = key(series) if len(series) > 1 else ""
+            charts.append(figure(markup + line_chart(series, name, metric, log_x=log_x), caption))
     return section("Plots", "Settings that are numbers.", figures(*charts)) if charts else ""
+
+
+def _drawn(shown: Sequence[str]) -> Sequence[str]:
+    """Return the metrics worth a plot: of pruning all that are no sizes, else the first."""
+    is_pruning = shown[0] == _PRUNING[0] and len(shown) > 1
+    return [metric for metric in shown if metric in _PRUNING[:-2]] if is_pruning else shown[:1]
 
 
 def _kind(metric: str) -> str:
