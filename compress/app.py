@@ -20,13 +20,13 @@ from compress.adapters import adapter_for
 from compress.calibration import calibration_tokens
 from compress.checkpoint_app import compress_checkpoint
 from compress.classifier_app import compress_classifier
-from compress.frontier import frontier_point, frontier_points
+from compress.frontier import frontier_point, frontier_points, speeds
 from compress.hf_checkpoint import is_hf
 from compress.measure import Reference
 from compress.pruner import Survey, survey
 from compress.record import PruneReport, check_model, prune, require_certificate
 from compress.settings import CompressConfig
-from compress.timing import decode_speed, forward_speed, mlp_speedup
+from compress.timing import mlp_speedup
 
 log = logging.getLogger(__name__)
 
@@ -94,12 +94,11 @@ def _compress_transformer(
         "compress/kl_nats": quality.kl_nats,
     }
     frontier = run.directory / "frontier.json"
-    points = [frontier_point(report, quality.bits_per_byte)]
+    times = {name: metrics[f"compress/{name}"] for name in ("forward_speedup", "decode_speedup")}
+    points = [frontier_point(report, quality, times)]
     if found is not None:
         pair = (tokens_NT, windows_BT)
-        points += frontier_points(
-            bundle.model, bundle.certificate, found, pair, corpus.bytes_per_token, report
-        )
+        points += frontier_points(bundle.model, bundle.certificate, found, pair, reference, report)
     write_json(frontier, sorted(points, key=lambda point: -point["keep"]))
     return Outcome(
         metrics=metrics,
@@ -128,8 +127,7 @@ def _metrics(dense: Bundle, pruned: Bundle, report: PruneReport) -> dict[str, fl
         "compress/flops_fraction": flops["after"] / flops["before"],
         "compress/bundle_bytes": _weight_bytes(pruned.path) / _weight_bytes(dense.path),
         "compress/mlp_speedup": mlp_speedup(dense.model, model),
-        "compress/forward_speedup": forward_speed(dense.model, model).ratio,
-        "compress/decode_speedup": decode_speed(dense.model, model).ratio,
+        **{f"compress/{name}": ratio for name, ratio in speeds(dense.model, model).items()},
         "compress/fidelity": 1 - sum(fit.held_error for fit in fits) / len(fits),
         "compress/top1_agreement": report.top1_agreement,
         "compress/certified_top1": report.certified_top1,

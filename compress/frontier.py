@@ -1,4 +1,4 @@
-"""Sparsity against quality and proof: further budgets, evaluated one-shot for the report."""
+"""Sparsity against quality, proof and speed: further budgets, one-shot, for the report."""
 
 # Legend: B sequences, T tokens.
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from common.certificate import Certificate
 from compress.adapters import adapter_for
-from compress.measure import bits_per_byte
+from compress.measure import Quality, Reference
 from compress.pruner import Survey, prune_model
-from compress.record import PruneReport, make_report
-from solvers.bounds import certify
+from compress.record import make_report
+from compress.report import PruneReport
+from compress.timing import decode_speed, forward_speed
 
 
 def frontier_points(
@@ -20,7 +21,7 @@ def frontier_points(
     certificate: Certificate,
     found: Survey,
     texts: tuple[Tensor, Tensor],
-    bytes_per_token: float,
+    reference: Reference,
     report: PruneReport,
 ) -> list[dict[str, Any]]:
     """Prune the dense model at every ``settings.frontier`` budget and describe the results.
@@ -30,7 +31,7 @@ def frontier_points(
         certificate: Its proof.
         found: Survey of it that reaches all budgets.
         texts: Calibration tokens (B, T) and validation windows (B, T + 1).
-        bytes_per_token: Of the corpus.
+        reference: The dense model on the windows.
         report: Of the main run; its settings apply but for ``keep`` and ``order``.
 
     Returns:
@@ -43,26 +44,59 @@ def frontier_points(
         settings = dataclasses.replace(report.settings, keep=keep, order="one_shot")
         pruning = prune_model(dense, tokens_BT, settings, gains=gains, found=found)
         # A few multiplier steps matter for the product's own bundle, not for a curve.
-        other = make_report(dense, certificate, pruning, windows_BT[:, :-1], settings, max_evals=0)
-        bits = bits_per_byte(pruning.model, windows_BT, bytes_per_token)
-        points.append(frontier_point(other, bits))
+        other = make_report(
+            dense,
+            certificate,
+            pruning,
+            windows_BT[:, :-1],
+            settings,
+            max_evals=0,
+            tighten=False,
+        )
+        quality = reference.quality(pruning.model)
+        points.append(frontier_point(other, quality, speeds(dense, pruning.model)))
     return points
 
 
-def frontier_point(report: PruneReport, bits: float) -> dict[str, Any]:
+def frontier_point(
+    report: PruneReport, quality: Quality, times: dict[str, float]
+) -> dict[str, Any]:
     """Return the record of one pruned model.
 
     Args:
         report: Of the pruning.
-        bits: Its validation loss in bits per byte.
+        quality: Of the pruned model on the validation text.
+        times: Of ``speeds``.
     """
+    flops = report.size["flops_per_token"]["model"]
     return {
         "keep": report.settings.keep,
+        "keep_heads": report.settings.keep_heads,
         "order": report.settings.order,
         "removed_fraction": report.removed_fraction,
-        "val_bits_per_byte": bits,
+        "neurons_removed": report.pruning.removed("mlp"),
+        "heads_removed": report.pruning.removed("heads"),
+        "params_fraction": report.params_fraction,
+        "flops_fraction": flops["after"] / flops["before"],
+        "val_bits_per_byte": quality.bits_per_byte,
+        "kl_nats": quality.kl_nats,
         "certified_deviation": report.certified_deviation,
         "semi_empirical_deviation": report.semi_empirical_deviation,
         "measured_deviation": report.measured_deviation,
-        "cert_naive": certify(report.pruning.model, tighten=False).naive,
+        "cert_naive": report.after.naive,
+        "cert_naive_before": report.before.naive,
+        **times,
+    }
+
+
+def speeds(dense: Any, pruned: Any) -> dict[str, float]:
+    """Return how many times faster a forward pass and a decode step have become (measured).
+
+    Args:
+        dense: Transformer before pruning.
+        pruned: After pruning.
+    """
+    return {
+        "forward_speedup": forward_speed(dense, pruned).ratio,
+        "decode_speedup": decode_speed(dense, pruned).ratio,
     }

@@ -144,9 +144,13 @@ class Study:
         proof = certify(model, tighten=False)
         certified = None
         if kept is not None and self.settings.deviation:
-            evals = self.settings.bound_evals
             certified = certified_deviation(
-                self.dense, model, kept, self.certificate, max_evals=evals
+                self.dense,
+                model,
+                kept,
+                self.certificate,
+                changed_certificate=proof,
+                max_evals=self.settings.bound_evals,
             ).logits
         tightened = None
         names = (DEFAULT, case.method) if case.method == self.default else (case.method,)

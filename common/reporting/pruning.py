@@ -1,18 +1,30 @@
-"""Pruning: sparsity against quality and deviation."""
+"""Pruning: sparsity against quality, deviation, certificate and speed."""
 
 from typing import Any
 
 from common.reporting.charts import Series, key, line_chart
-from common.reporting.page import figure, figures, kind, missing, number, percent, section, table
+from common.reporting.page import (
+    code,
+    escape,
+    figure,
+    figures,
+    kind,
+    missing,
+    number,
+    percent,
+    section,
+    table,
+)
 from common.reporting.runs import Story
 
+_REMOVED = "parameters of the pruned places removed, %"
 _DEVIATION = "largest RMS change of the logits over the vocabulary"
 
 
 def pruning(story: Story) -> str:
-    """Return the frontier of sparsity against quality and deviation."""
+    """Return the frontier of sparsity against quality, deviation, certificate and speed."""
     title = "Pruning"
-    lead = "What removing parameters costs in loss, and how far it can move the output."
+    lead = "What removing parameters costs in loss, how far it can move the output, what it saves."
     points = story.items("compress", "frontier.json")
     if not points:
         return section(title, lead, missing("No frontier: the compress stage has not finished."))
@@ -21,7 +33,14 @@ def pruning(story: Story) -> str:
     return section(
         title,
         lead,
-        figures(_quality(story, points, removed), _deviation(points, removed)),
+        _command(story),
+        figures(
+            _quality(story, points, removed),
+            _deviation(points, removed),
+            _certificate(points, removed),
+            _speed(points, removed),
+        ),
+        _frontier(points),
         _chosen(story),
     )
 
@@ -31,7 +50,7 @@ def _quality(story: Story, points: list[dict[str, Any]], removed: list[float]) -
     before = story.metric("compress/val_bits_per_byte_before")
     series = [Series(label="pruned model", x=removed, y=bits, tone="measured", markers=True)]
     level = None if before is None else ("before pruning", before)
-    chart = line_chart(series, "MLP parameters removed, %", "bits per byte", level=level)
+    chart = line_chart(series, _REMOVED, "bits per byte", level=level)
     caption = (
         f"<b>Quality.</b> {kind('measured')} Validation loss of the really smaller model, before "
         "and after on the same text, without any training after pruning."
@@ -59,10 +78,80 @@ def _deviation(points: list[dict[str, Any]], removed: list[float]) -> str:
             f" {kind('estimate')} Semi-empirical: measured change of each block, amplified by the "
             "proved constants of the blocks after it."
         )
+    chart = line_chart(series, _REMOVED, "RMS of the logits, log scale", log_y=True)
+    return figure(key(series) + chart, caption)
+
+
+def _certificate(points: list[dict[str, Any]], removed: list[float]) -> str:
+    values = [point.get("cert_naive") for point in points]
+    before = next((p["cert_naive_before"] for p in points if p.get("cert_naive_before")), None)
+    if not any(value is not None for value in values):
+        return ""
+    level = None if before is None else ("before pruning", before)
+    series = [Series(label="pruned model", x=removed, y=values, tone="naive", markers=True)]
     chart = line_chart(
-        series, "MLP parameters removed, %", "RMS of the logits, log scale", log_y=True
+        series, _REMOVED, "logits RMS per input RMS, log scale", log_y=True, level=level
+    )
+    caption = (
+        f"<b>Certificate</b> of the pruned model, proved anew. {kind('proved')} From operator "
+        "norms alone, for every input of the domain."
     )
     return figure(key(series) + chart, caption)
+
+
+def _speed(points: list[dict[str, Any]], removed: list[float]) -> str:
+    saved = [1 / p["flops_fraction"] if p.get("flops_fraction") else None for p in points]
+    columns = {
+        "forward pass": ([p.get("forward_speedup") for p in points], {"tone": "measured"}),
+        "decode step": ([p.get("decode_speedup") for p in points], {"tone": "third"}),
+        "operations": (saved, {"tone": "neutral", "dashed": True}),
+    }
+    series = [
+        Series(label=label, x=removed, y=y, markers=True, **style)  # type: ignore[arg-type]
+        for label, (y, style) in columns.items()
+        if any(value is not None for value in y)
+    ]
+    if not series:
+        return ""
+    caption = (
+        f"<b>Speed.</b> {kind('measured')} Time before over after on this machine, medians of "
+        f"pairs. {kind('estimate')} Dashed: the ratio of operations, counted from shapes."
+    )
+    return figure(key(series) + line_chart(series, _REMOVED, "times faster"), caption)
+
+
+def _command(story: Story) -> str:
+    run = story.stage("compress")
+    return "" if run is None else f'<p class="note">{code(run.command_line)}</p>'
+
+
+def _frontier(points: list[dict[str, Any]]) -> str:
+    columns = [
+        ("kept, MLP", "keep", number),
+        ("kept, heads", "keep_heads", number),
+        ("bits/byte", "val_bits_per_byte", _fine),
+        ("KL, nats", "kl_nats", number),
+        ("certificate", "cert_naive", _fine),
+        ("certified change", "certified_deviation", number),
+        ("measured change", "measured_deviation", number),
+        ("forward", "forward_speedup", _times),
+        ("decode", "decode_speedup", _times),
+        ("operations", "flops_fraction", percent),
+        ("parameters", "params_fraction", percent),
+    ]
+    shown = [column for column in columns if any(p.get(column[1]) is not None for p in points)]
+    rows = [
+        [
+            escape(point.get("order", "")),
+            *("" if p is None else show(p) for _, name, show in shown for p in [point.get(name)]),
+        ]
+        for point in points
+    ]
+    note = (
+        f'<p class="note">{kind("proved")} certificate, certified change. {kind("measured")} '
+        f"bits per byte, KL divergence, measured change, times. {kind('estimate')} operations.</p>"
+    )
+    return table(["Order", *(label for label, _, _ in shown)], rows) + note
 
 
 def _chosen(story: Story) -> str:
@@ -71,8 +160,12 @@ def _chosen(story: Story) -> str:
         ("Parameters before", "compress/params_before", number, "measured"),
         ("Weight file, of the dense one", "compress/bundle_bytes", percent, "measured"),
         ("MLP speed-up", "compress/mlp_speedup", _times, "measured"),
+        ("Forward pass speed-up", "compress/forward_speedup", _times, "measured"),
+        ("Decode step speed-up", "compress/decode_speedup", _times, "measured"),
+        ("Operations, of the dense one", "compress/flops_fraction", percent, "estimate"),
         ("Bits per byte", "compress/val_bits_per_byte", _fine, "measured"),
         ("Bits per byte before", "compress/val_bits_per_byte_before", _fine, "measured"),
+        ("KL divergence from the dense model, nats", "compress/kl_nats", number, "measured"),
         ("Most likely token unchanged", "compress/top1_agreement", percent, "measured"),
         ("Most likely token proved unchanged", "compress/certified_top1", percent, "proved"),
         ("Certified deviation, RMS", "compress/certified_deviation", number, "proved"),
