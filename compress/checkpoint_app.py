@@ -1,4 +1,4 @@
-"""``compress`` for checkpoints of ``transformers``: nothing is certified, everything is measured."""
+"""``compress`` for checkpoints of ``transformers``: nothing is proved, everything is measured."""
 
 # Legend: N calibration inputs, B sequences, T tokens.
 

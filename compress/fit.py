@@ -108,7 +108,7 @@ def make_problem(
         weight_IO=adapter.weight(target),
         unit=target.unit,
         ridge=settings.ridge_for(moments.count, target.inputs),
-        mean_I=moments.mean_I,
+        mean_I=None if is_centred else moments.mean_I,
     )
 
 

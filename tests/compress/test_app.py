@@ -9,13 +9,13 @@ from omegaconf import OmegaConf
 
 import compress
 from common.bundle import Bundle, extend_bundle, load_bundle, save_bundle
-from common.errors import BundleError, CertificateError, ConfigError, DataError
+from common.errors import CertificateError, ConfigError, DataError
 from common.ledger import Run
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from common.tokenizer import ByteTokenizer
 from common.tracking import is_declared
 from compress.app import compress as command
-from compress.grams import Calibration
+from compress.statistics import split_held
 from solvers.bounds import certify, verify
 
 CONF = Path(__file__).parents[2] / "conf" / "compress"
@@ -88,13 +88,14 @@ def test_command_writes_a_smaller_bundle_that_certifies(dense, text, tmp_path):
     assert metrics["semi_empirical_deviation"] <= metrics["certified_deviation"]
     assert outcome.objective == metrics["val_bits_per_byte"]
     pruned = load_bundle(outcome.artifacts["bundle"])
-    assert pruned.certificate is None
+    assert pruned.certificate.tightened == metrics["tightened"] <= metrics["naive"]
     assert pruned.manifest["parent"] == dense.fingerprint
     widths = [pruned.config.layer(i).mlp_width for i in range(2)]
     assert [len(layer["kept"]) for layer in pruned.compression["layers"]] == widths
     assert pruned.compression["certified_deviation"] == metrics["certified_deviation"]
-    proof = certify(pruned.model, tighten=False)
-    assert verify(pruned.model, proof).tightened <= dense.certificate.naive * (1 + 1e-6)
+    assert verify(pruned).tightened <= dense.certificate.naive * (1 + 1e-6)
+    assert metrics["flops_fraction"] < 1
+    assert metrics["forward_speedup"] > 0 < metrics["decode_speedup"]
 
 
 def test_frontier_is_ordered_and_complete(dense, text, tmp_path):
@@ -109,6 +110,19 @@ def test_frontier_is_ordered_and_complete(dense, text, tmp_path):
         assert point["measured_deviation"] <= point["certified_deviation"]
         assert point["cert_naive"] > 0
         assert point["val_bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize("source", ["model", "random"])
+def test_heads_go_and_no_text_is_needed_to_calibrate(dense, text, tmp_path, source):
+    """Half the heads under one budget for all; the record names heads and neurons."""
+    changes = {"keep": 0.5, "keep_heads": None, "calibration": source, "frontier": []}
+    outcome = command(*configure(dense, text, tmp_path, **changes))
+    pruned = load_bundle(outcome.artifacts["bundle"])
+    assert [pruned.config.layer(index).heads for index in range(2)] == [1, 1]
+    assert outcome.metrics["compress/heads_removed"] == 2
+    kinds = {layer["kind"] for layer in pruned.compression["layers"]}
+    assert kinds == {"heads", "mlp"}
+    verify(pruned)
 
 
 def test_keeping_everything_reproduces_the_logits_bit_for_bit(dense, text, tmp_path):
@@ -160,11 +174,13 @@ def test_exported_prune_chooses_a_neighbouring_directory(dense, tmp_path):
         ({"keep": 1.5}, ConfigError, "expected 0.0 to 1.0"),
         ({"frontier": [0.5, -1]}, ConfigError, "compress.frontier=-1.0"),
         ({"tau": -1.0}, ConfigError, "above 0, or inf"),
-        ({"score": "best"}, ConfigError, "expected one of obs"),
+        ({"score": "best"}, ConfigError, "compress.score='best': expected one of"),
+        ({"calibration": "web"}, ConfigError, "compress.calibration='web'"),
+        ({"keep_heads": 2.0}, ConfigError, "compress.keep_heads=2.0"),
         ({"tokens": "many"}, ConfigError, "compress.tokens='many'"),
         ({"ratio": 2}, ConfigError, "ratio"),
         ({"length": 33}, DataError, "context of 32"),
-        ({"keep": 0.5, "min_keep": 0.9, "align": 64}, ConfigError, "cannot lose|leave at most"),
+        ({"keep": 0.5, "min_keep": 0.9, "align": 64}, ConfigError, "least kept numbers"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_written(
@@ -179,15 +195,14 @@ def test_impossible_settings_are_refused_before_anything_is_written(
 
 
 def test_bundles_that_cannot_be_pruned_name_the_remedy(dense, text, tmp_path):
-    """No certificate, a classifier, a model without biases for ``bias=true``."""
+    """No certificate, of a transformer and of a classifier."""
     bare = save_bundle(tmp_path / "bare", dense.model, dense.tokenizer)
     cfg, run = configure(bare, text, tmp_path)
     with pytest.raises(CertificateError, match="run: lipllm certify bundle="):
         command(cfg, run)
     classifier = save_bundle(tmp_path / "image", LipschitzMLP((4, 8, 2)))
-    tokens_BT = torch.zeros(4, 8, dtype=torch.long)
-    with pytest.raises(BundleError, match="expects a transformer"):
-        compress.prune(classifier, compress.CompressConfig(), tokens_BT)
+    with pytest.raises(CertificateError, match="run: lipllm certify bundle="):
+        compress.prune(classifier, compress.CompressConfig(), torch.zeros(4, 4))
 
 
 def test_bias_needs_a_model_with_biases(make_model, tmp_path):
@@ -200,7 +215,7 @@ def test_bias_needs_a_model_with_biases(make_model, tmp_path):
         compress.prune(bundle, settings, torch.zeros(4, 16, dtype=torch.long))
 
 
-def test_calibration_without_a_sequence_is_refused(dense):
+def test_calibration_without_a_sequence_is_refused():
     """Nothing to calibrate on."""
     with pytest.raises(DataError, match="0 calibration sequences"):
-        Calibration(dense.model, torch.zeros(0, 8, dtype=torch.long))
+        split_held(torch.zeros(0, 8, dtype=torch.long), 0.1)

@@ -1,0 +1,73 @@
+"""The compress command on checkpoints of transformers: plain reload, honest record."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from common.errors import ConfigError
+from common.ledger import Run
+from common.tracking import is_declared
+from compress.app import compress
+
+CONF = Path(__file__).parents[3] / "conf" / "compress" / "default.yaml"
+
+
+def configure(folder: Path, tmp_path: Path, **changes):
+    """Return configuration and run."""
+    changes = {"tokens": 1024, "length": 16, "calibration": "random", **changes}
+    cfg = {
+        "bundle": str(folder),
+        "device": "cpu",
+        "seed": 0,
+        "compress": OmegaConf.merge(OmegaConf.load(CONF), changes),
+        "data": {"_target_": "common.corpus.DataConfig", "source": "stdlib", "tokenizer": "byte"},
+    }
+    directory = tmp_path / "run"
+    directory.mkdir()
+    run = Run(command="compress", directory=directory, config={}, config_hash="")
+    return OmegaConf.create(cfg), run
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("source", ["random", "model"])
+def test_a_checkpoint_becomes_a_smaller_ordinary_one(make_decoder, tmp_path, family, source):
+    """Oracle: plain transformers loads the result; nothing in the record is called certified."""
+    import transformers
+
+    make_decoder(family).save_pretrained(tmp_path / "dense")
+    cfg, run = configure(
+        tmp_path / "dense", tmp_path, keep=0.5, keep_heads=0.5, calibration=source
+    )
+    outcome = compress(cfg, run)
+    for name in outcome.metrics:
+        assert is_declared(name), name
+    folder = outcome.artifacts["checkpoint"]
+    small = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    params = sum(tensor.numel() for tensor in small.parameters())
+    assert params == outcome.metrics["compress/params"] < outcome.metrics["compress/params_before"]
+    record = json.loads((folder / "compression.json").read_text())
+    assert record["certified_deviation"] is None
+    assert record["settings"]["calibration"] == source
+    assert {layer["kind"] for layer in record["layers"]} == {"heads", "mlp"}
+    tokens_BT = torch.arange(8)[None]
+    assert torch.isfinite(small(tokens_BT).logits).all()
+
+
+def test_text_needs_the_checkpoints_tokenizer(make_decoder, tmp_path):
+    """The remedy names the file and the other sources."""
+    make_decoder("llama").save_pretrained(tmp_path / "dense")
+    cfg, run = configure(tmp_path / "dense", tmp_path, calibration="data")
+    with pytest.raises(ConfigError, match="no tokenizer.json in it"):
+        compress(cfg, run)
+    assert not any(run.directory.iterdir())
+
+
+def test_a_certified_allocation_needs_a_certificate(make_decoder, tmp_path):
+    """Checkpoints of transformers have none."""
+    make_decoder("llama").save_pretrained(tmp_path / "dense")
+    cfg, run = configure(tmp_path / "dense", tmp_path, allocation="certified")
+    with pytest.raises(ConfigError, match="a model with a certificate"):
+        compress(cfg, run)
