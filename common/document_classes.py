@@ -127,20 +127,7 @@ def _files(source: Files, texts: Sequence[bytes], config: DataConfig, name: str)
         parts[path in chosen, True].append(text[seen:])
         start += len(text)
     joined = {key: b"".join(pieces) for key, pieces in parts.items()}
-    is_unseen = bool(joined[True, True])
-    if not is_unseen:
-        rule += "; none of the class, so its end serves as held out although it was trained on"
-        joined[True, False], joined[True, True], _ = hold_out(
-            [joined[True, False]], config.val_fraction, whole_documents=False
-        )
-    return DocumentClasses(
-        forget_train=joined[True, False],
-        forget_held=joined[True, True],
-        retain_train=joined[False, False],
-        retain_held=joined[False, True],
-        is_unseen=is_unseen,
-        rule=rule,
-    )
+    return _classes(joined, rule, config.val_fraction)
 
 
 def _ended(text: bytes) -> bytes:
@@ -180,36 +167,42 @@ def _missing(name: str, sizes: Counter[str], kind: str) -> DataError:
 
 
 def _speeches(texts: Sequence[bytes], config: DataConfig, name: str) -> DocumentClasses:
-    """Divide a play into training text and its end, then each by speaker."""
+    """Divide a play by speaker, and by what lies before and behind the end of training text."""
     train, held, rule = hold_out(texts, config.val_fraction, whole_documents=False)
-    sizes = Counter[str]()
-    parts = [_by_speaker(text, name, sizes) for text in (train, held)]
-    if name not in sizes:
-        raise _missing(name, sizes, "speaker")
-    (forget_train, retain_train), (forget_held, retain_held) = parts
-    is_unseen = bool(forget_held)
-    if not is_unseen:
-        rule += "; the speaker is silent there, so the end of the speeches serves as held out"
-        forget_train, forget_held, _ = hold_out(
-            [forget_train], config.val_fraction, whole_documents=False
-        )
-    return DocumentClasses(
-        forget_train=forget_train,
-        forget_held=forget_held,
-        retain_train=retain_train,
-        retain_held=retain_held,
-        is_unseen=is_unseen,
-        rule=rule,
-    )
-
-
-def _by_speaker(text: bytes, name: str, sizes: Counter[str]) -> tuple[bytes, bytes]:
-    """Return the speeches of one speaker and all other text; count the bytes of every speaker."""
-    chosen, others = list[bytes](), list[bytes]()
-    for block in text.split(_GAP):
+    sizes, start = Counter[str](), 0
+    parts: dict[tuple[bool, bool], list[bytes]] = {
+        (is_chosen, is_held): [] for is_chosen in (True, False) for is_held in (True, False)
+    }
+    for block in (train + held).split(_GAP):
         head = _SPEAKER.match(block.decode("utf-8", errors="replace"))
         if head is not None:
             sizes[head[1]] += len(block)
         is_chosen = head is not None and head[1] == name
-        (chosen if is_chosen else others).append(block)
-    return _GAP.join(chosen), _GAP.join(others)
+        seen = min(max(len(train) - start, 0), len(block))
+        parts[is_chosen, False].append(block[:seen])
+        parts[is_chosen, True].append(block[seen:])
+        start += len(block) + len(_GAP)
+    if name not in sizes:
+        raise _missing(name, sizes, "speaker")
+    joined = {key: _GAP.join(filter(None, pieces)) for key, pieces in parts.items()}
+    return _classes(joined, rule, config.val_fraction)
+
+
+def _classes(
+    parts: dict[tuple[bool, bool], bytes], rule: str, val_fraction: float
+) -> DocumentClasses:
+    """Return the parts, by (of the class, held out); a class that was all trained on is cut."""
+    is_unseen = bool(parts[True, True])
+    if not is_unseen:
+        rule += "; none of the class, so its end serves as held out although it was trained on"
+        parts[True, False], parts[True, True], _ = hold_out(
+            [parts[True, False]], val_fraction, whole_documents=False
+        )
+    return DocumentClasses(
+        forget_train=parts[True, False],
+        forget_held=parts[True, True],
+        retain_train=parts[False, False],
+        retain_held=parts[False, True],
+        is_unseen=is_unseen,
+        rule=rule,
+    )

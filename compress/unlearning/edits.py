@@ -53,12 +53,15 @@ class Strength:
     Attributes:
         share: Of the inputs per output (of the components for ``neurons``) that lose their weight.
         mu: Weight of the class to forget in ``ridge``, both classes counted per row.
+        push: Where ``ridge`` moves the outputs of the class: 0 to the mean retained output, more
+            beyond it, by this multiple of the way from the mean output of the class.
         ridge: Penalty on changes in ``ridge``, relative to the mean diagonal of the retained Gram.
         cap: Largest spectral norm of the result.
     """
 
     share: float = 0.2
     mu: float = 0.1
+    push: float = 0.0
     ridge: float = 1e-6
     cap: float = math.inf
 
@@ -167,8 +170,9 @@ def _ridge(classes: Classes, strength: Strength) -> Edit:
     chosen_IO = torch.ones_like(weight_IO, dtype=torch.bool)
     if mu == 0:
         return Edit(weight_IO=weight_IO, chosen_IO=chosen_IO)
-    mean_O = classes.retain_mean_I @ weight_IO
-    excess_IO = classes.forget_II @ weight_IO - torch.outer(classes.forget_mean_I, mean_O)
+    away_I = classes.retain_mean_I - classes.forget_mean_I
+    goal_O = (classes.retain_mean_I + strength.push * away_I) @ weight_IO
+    excess_IO = classes.forget_II @ weight_IO - torch.outer(classes.forget_mean_I, goal_O)
     total_II = classes.retain_II + mu * classes.forget_II
     penalty = strength.ridge * float(classes.retain_II.diagonal().mean())
     factor_II = regular_cholesky(total_II, penalty)

@@ -10,9 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.bundle import Bundle, save_bundle
 from common.errors import BundleError
+from compress.classifier_deviation import classifier_deviation
 from compress.deviation import certified_deviation
+from compress.fit import Fit
+from compress.pruner import Pruning
 from compress.unlearning.measure import figures, knowledge, losses, probe
 from compress.unlearning.membership import Membership, attack_membership
 from compress.unlearning.recovery import guard
@@ -158,7 +163,7 @@ def unlearn(
         probe_after=probe(found.model, data) if is_image else None,
         naive_before=None if proof is None else proof.naive,
         naive_after=None if certificate is None else certificate.naive,
-        certified_deviation=_deviation(bundle, found, proof),
+        certified_deviation=_deviation(bundle, found, proof, certificate),
         seconds=seconds,
         unlearning=found,
     )
@@ -225,11 +230,31 @@ def _relearning(
     return Relearning(retain=steps[0], forget=steps[1])
 
 
-def _deviation(bundle: Bundle, found: Unlearning, proof: Any) -> float | None:
-    """Return the certified deviation of a transformer; for classifiers there is no such bound."""
-    if proof is None or bundle.kind != "transformer":
+def _deviation(bundle: Bundle, found: Unlearning, proof: Any, anew: Any) -> float | None:
+    """Return the certified deviation, where both networks have a proof."""
+    if proof is None:
         return None
-    return certified_deviation(bundle.model, found.model, {}, proof).logits
+    if bundle.kind == "transformer":
+        return certified_deviation(
+            bundle.model, found.model, None, proof, changed_certificate=anew
+        ).logits
+    return classifier_deviation(bundle.model, _as_pruning(found), norms=proof.norms).bound
+
+
+def _as_pruning(found: Unlearning) -> Pruning:
+    """Return the edits as a pruning that keeps every component; its errors are not known."""
+    fits = (
+        Fit(
+            target=edited.target,
+            kept_K=torch.arange(edited.target.inputs),
+            weight_IO=edited.weight_IO.cpu(),
+            bias_O=None,
+            error=math.nan,
+            held_error=math.nan,
+        )
+        for edited in found.maps
+    )
+    return Pruning(model=found.model, fits=tuple(fits))
 
 
 def _plain(value: Any) -> Any:

@@ -19,11 +19,13 @@ class UnlearnConfig:
         method: Name in ``edits.EDITS``.
         share: Share of the inputs per output that lose their weight; not for ``ridge``.
         mu: Weight of the class in ``ridge``; 0 changes nothing.
+        push: How far beyond the mean retained output ``ridge`` moves the class at the last map, in
+            units of the distance between the two mean outputs; 0 moves it there.
         ridge: Penalty of ``ridge`` on changes, relative to the mean activation energy.
         tau: Allowed growth of the norm of every edited map of a model with a certificate; 1 keeps
             the block's naive constant, ``inf`` lifts the cap.
-        layers: Share of the maps that are edited, from the output backwards.
-        heads: Whether attention outputs are edited too.
+        layers: Share of the layers that is edited, from the output backwards.
+        heads: Whether attention outputs are edited, not only MLPs and convolutions.
         order: ``sequential`` edits each map on what the edited ones before it produce,
             ``one_shot`` all on the activations of the unmodified model.
         recovery: ``none``, or ``lsq``: refit what the edit left alone on retained data.
@@ -44,10 +46,11 @@ class UnlearnConfig:
     method: str = "ridge"
     share: float = 0.2
     mu: float = 0.1
+    push: float = 1.0
     ridge: float = 1e-6
     tau: float = 1.0
     layers: float = 0.5
-    heads: bool = False
+    heads: bool = True
     order: str = "sequential"
     recovery: str = "none"
     rebound: float = 0.1
@@ -72,12 +75,12 @@ class UnlearnConfig:
             positive(f"unlearn.{name}", getattr(self, name))
         within("unlearn.ridge", self.ridge, 0.0, 1.0)
         within("unlearn.rebound", self.rebound, 0.0, 1.0)
-        positive("unlearn.mu", self.mu, zero=True)
+        for name in ("mu", "push", "relearn_steps"):
+            positive(f"unlearn.{name}", getattr(self, name), zero=True)
         if not self.tau > 0 or math.isnan(self.tau):
             raise ConfigError(f"unlearn.tau={self.tau}: expected a number above 0, or inf")
         for name in ("tokens", "images", "eval_tokens", "relearn_lr", "relearn_examples"):
             positive(f"unlearn.{name}", getattr(self, name))
-        positive("unlearn.relearn_steps", self.relearn_steps, zero=True)
         if self.length is not None:
             positive("unlearn.length", self.length)
         if self.recovery == "lsq" and self.method == "ridge":

@@ -93,7 +93,9 @@ def unlearn_model(
     edits: dict[str, Edit] = {}
 
     def change(target: Target, moments: tuple[Moments, ...]) -> Tensor:
-        edits[target.name] = _edit(dense, target, moments, settings)
+        # Pushed hidden outputs would come back on the other side in the maps that follow.
+        push = settings.push if target is targets[-1] else 0.0
+        edits[target.name] = _edit(dense, target, moments, settings, push)
         return _bounded(dense, target, edits[target.name].weight_IO, settings)
 
     _apply(copy, targets, (forget, retain), change, settings.order)
@@ -117,7 +119,7 @@ def unlearn_model(
 
 
 def chosen_targets(adapter: Adapter, settings: UnlearnConfig) -> tuple[Target, ...]:
-    """Return the maps to edit, in execution order: the last ones, attention only if asked for.
+    """Return the maps to edit, in execution order: those of the last layers.
 
     Raises:
         ConfigError: when the model has none.
@@ -128,8 +130,9 @@ def chosen_targets(adapter: Adapter, settings: UnlearnConfig) -> tuple[Target, .
             f"{type(adapter.model).__name__}: no map in it can be edited; expected a model with "
             "hidden layers (attention counts with unlearn.heads=true)"
         )
-    count = math.ceil(settings.layers * len(found) - 1e-9)
-    return tuple(found[-count:])
+    layers = sorted({target.layer for target in found})
+    count = math.ceil(settings.layers * len(layers) - 1e-9)
+    return tuple(target for target in found if target.layer in layers[-count:])
 
 
 def _apply(
@@ -162,7 +165,11 @@ def _apply(
 
 
 def _edit(
-    dense: Adapter, target: Target, moments: tuple[Moments, ...], settings: UnlearnConfig
+    dense: Adapter,
+    target: Target,
+    moments: tuple[Moments, ...],
+    settings: UnlearnConfig,
+    push: float,
 ) -> Edit:
     forget, retain = moments
     classes = Classes(
@@ -176,6 +183,7 @@ def _edit(
     strength = Strength(
         share=settings.share,
         mu=settings.mu,
+        push=push,
         ridge=settings.ridge,
         cap=_cap(dense, target, settings),
     )
