@@ -56,7 +56,7 @@ def test_parts_are_the_split_of_training(folder: DataConfig) -> None:
     [
         ("two", "two/", "two/*", "two/deep", "two.deep"),
         ("json", "json.py"),
-        ("one/file9", "one/file9.py"),
+        ("one/file6", "one/file6.py"),
     ],
     ids=["folder", "module", "file"],
 )
