@@ -39,12 +39,15 @@ class Form:
         radii: Per block, l2 bound on those tokens.
         certificate: Constants of the changed (A) or the dense (B) network, proved wherever tokens
             of either lie; a record of this calculation, not a certificate to store.
+        limits: Per block, l2 bound on the distance of the two networks' tokens behind it from
+            their own radii alone: what no two such networks exceed.
     """
 
     name: str
     deltas: tuple[float, ...]
     radii: tuple[float, ...]
     certificate: Certificate
+    limits: tuple[float, ...]
 
     def stream(self, deltas_ML: Tensor) -> Tensor:
         """Bound the l2 movement of the final stream from changes of the blocks, row by row.
@@ -53,23 +56,22 @@ class Form:
             deltas_ML: Changes at the same input, residual weight included, float64.
         """
         error_M = deltas_ML.new_zeros(len(deltas_ML))
-        for block, delta_M in zip(self.certificate.blocks, deltas_ML.T, strict=True):
+        blocks = zip(self.certificate.blocks, deltas_ML.T, self.limits, strict=True)
+        for block, delta_M, limit in blocks:
             moved_M = (block.tightened * error_M + delta_M) * (1 + SLACK)
             # A small but positive error must not vanish by underflow.
             is_moved_M = (error_M > 0) | (delta_M > 0)
-            error_M = torch.where(is_moved_M, moved_M.clamp(min=TINY), 0.0)
+            error_M = torch.where(is_moved_M, moved_M.clamp(min=TINY, max=limit), 0.0)
         return error_M
 
     def logits(self, deltas_ML: Tensor) -> Tensor:
         """Bound the RMS movement of the logits over the vocabulary; arguments as ``stream``."""
-        scale = round_up(self.certificate.head_norm / math.sqrt(self.certificate.vocab_size))
-        return scale * self.stream(deltas_ML) * (1 + SLACK)
+        return self._head * self.stream(deltas_ML) * (1 + SLACK)
 
     def gains(self) -> tuple[float, ...]:
         """Return per block the RMS movement of the logits per unit of its change (l2)."""
         proof = self.certificate
-        scale = proof.head_norm / math.sqrt(proof.vocab_size)
-        return tuple(scale * proof.amplification(index) for index in range(len(proof.blocks)))
+        return tuple(self._head * proof.amplification(index) for index in range(len(proof.blocks)))
 
     @property
     def bound(self) -> float:
@@ -82,8 +84,17 @@ class Form:
         return float(self.stream(self._worst))
 
     @property
+    def limit(self) -> float:
+        """What ``bound`` never exceeds, from the tokens' radii alone."""
+        return round_up(self._head * self.limits[-1])
+
+    @property
     def _worst(self) -> Tensor:
         return torch.tensor([self.deltas], dtype=torch.float64)
+
+    @property
+    def _head(self) -> float:
+        return round_up(self.certificate.head_norm / math.sqrt(self.certificate.vocab_size))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +210,7 @@ def _form(
 ) -> Form:
     """Prove the constants of ``reference`` and bound the changes on the tokens of ``other``."""
     both = Tokens.ball(reference.config.width, reference.certificate.radius)
-    deltas, radii, blocks = [], [], []
+    deltas, radii, blocks, limits = [], [], [], []
     for block, twin in zip(reference.certificate.blocks, other.certificate.blocks, strict=True):
         proof, after = reference.prove(block, both)
         # Its own proof may know better where the other network's tokens lie.
@@ -207,9 +218,16 @@ def _form(
         blocks.append(proof)
         deltas.append(delta(block.index, own))
         radii.append(own.radius)
+        limits.append(round_up(block.radius_out + twin.radius_out))
         both = _joined(after, deltas[-1], twin)
     enlarged = dataclasses.replace(reference.certificate, blocks=tuple(blocks))
-    return Form(name=name, deltas=tuple(deltas), radii=tuple(radii), certificate=enlarged)
+    return Form(
+        name=name,
+        deltas=tuple(deltas),
+        radii=tuple(radii),
+        certificate=enlarged,
+        limits=tuple(limits),
+    )
 
 
 def _joined(after: Tokens, delta: float, twin: BlockProof) -> Tokens:

@@ -124,6 +124,7 @@ class PruneReport:
             "form_a": self.deviation.a.bound,
             "form_b": self.deviation.b.bound,
             "bound": self.deviation.logits,
+            "limit_from_radii": self.deviation.b.limit,
             "top1": self.certified_top1,
             "radius": self.before.radius,
             "holds_for": _WORST,

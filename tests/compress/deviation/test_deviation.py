@@ -124,6 +124,27 @@ def test_reweighted_outputs_are_covered_without_any_removal(
     assert all(delta > 0 for form in deviation.forms for delta in form.deltas)
 
 
+def test_no_bound_exceeds_what_the_radii_allow(make_model, ascend, on_sphere):
+    """Large edits that keep the tokens small: the radii alone say more than the recursion."""
+    dense = make_model("tanh", heads=4, bias=False, attn_residual=0.9, mlp_residual=0.9)
+    changed = copy.deepcopy(dense)
+    with torch.no_grad():
+        for layer in changed.layers:
+            layer.mlp.down.weight.mul_(-1)
+            layer.attention.output.weight.mul_(-1)
+    certificate, other = (certify(model, tighten=False) for model in (dense, changed))
+    deviation = certified_deviation(dense, changed, None, certificate, changed_certificate=other)
+    start = on_sphere((8, 16, 8), certificate.radius)
+    found = ascend(logit_change(dense, changed), start, certificate.radius)
+    for form in deviation.forms:
+        free = dataclasses.replace(form, limits=(float("inf"),) * 4)
+        assert found <= form.bound <= form.limit < free.bound
+        # Oracle: the networks have mirrored blocks, so one radius bounds both.
+        radius = certificate.blocks[-1].radius_out
+        scale = certificate.head_norm / certificate.vocab_size**0.5
+        assert form.limit == pytest.approx(2 * scale * radius, rel=1e-3)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_change_means_no_deviation(pruned_pair, tokens, activation):
     """Everything kept: all bounds are exactly 0 and the logits are bit-identical."""
@@ -140,6 +161,7 @@ def test_recursion_is_that_of_the_certificate(pruned_pair):
     """Oracle: ``Certificate.logit_deviation``, which runs the recursion in plain floats."""
     dense, certificate, pruning = pruned_pair("relu", keep_heads=0.5)
     form = certified_deviation(dense, pruning.model, pruning.kept, certificate).b
+    form = dataclasses.replace(form, limits=(float("inf"),) * 4)
     assert form.bound == pytest.approx(form.certificate.logit_deviation(form.deltas), rel=1e-10)
     ones = torch.eye(4, dtype=torch.float64)
     for gain, bound in zip(form.gains(), form.logits(ones).tolist(), strict=True):

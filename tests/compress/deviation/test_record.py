@@ -5,11 +5,9 @@ import json
 import math
 
 import pytest
-import torch
 
 from common.bundle import load_bundle, save_bundle
-from common.errors import BundleError, CertificateError
-from common.models import LipschitzMLP
+from common.errors import CertificateError
 from common.tokenizer import ByteTokenizer
 from compress.record import make_report, prune
 from compress.settings import CompressConfig
@@ -130,14 +128,11 @@ def test_infinite_settings_are_written_as_text(dense, tokens):
     assert pruned.compression["settings"]["tau"] == "inf"
 
 
-def test_other_bundles_are_refused_with_a_remedy(dense, tokens, tmp_path):
-    """A model without certificate; a kind nobody prunes here."""
+def test_a_bundle_without_certificate_is_refused_with_a_remedy(dense, tokens, tmp_path):
+    """Nothing about a change can be proved without constants."""
     bare = save_bundle(tmp_path / "bare", dense.model, dense.tokenizer)
     with pytest.raises(CertificateError, match="run: lipllm certify bundle="):
         prune(bare, SETTINGS, tokens())
-    classifier = save_bundle(tmp_path / "image", LipschitzMLP((4, 8, 2)))
-    with pytest.raises(BundleError, match="expects a transformer"):
-        prune(classifier, SETTINGS, torch.zeros(4, 4))
 
 
 def test_a_refuted_certificate_is_reported(pruned_pair, tokens):
