@@ -13,6 +13,7 @@ from compress.targets import Problem
 
 GRAM_PASS = 1.5
 INPUTS, OUTPUTS = 1024, 256
+TOKENS = 32768  # at least; half of the default calibration set
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("paper", {}),
     "default": ("default", {}),
@@ -25,7 +26,8 @@ def test_gram_pass(bench: Any, timed: Callable, make_model: Callable, name: str)
     """Collecting the second moments of all heads and MLPs, in forward passes over the tokens."""
     model = make_model(MODELS[name][0], **MODELS[name][1])
     length = min(bench.length, model.config.context)
-    tokens_BT = torch.randint(model.config.vocab_size, (bench.batch, length))
+    count = max(bench.batch, TOKENS // length)
+    tokens_BT = torch.randint(model.config.vocab_size, (count, length))
 
     @torch.no_grad()
     def forward() -> None:
@@ -38,7 +40,7 @@ def test_gram_pass(bench: Any, timed: Callable, make_model: Callable, name: str)
         collect(adapter, tokens_BT, adapter.targets())
 
     times = timed({"forward": forward, "grams": grams}, bench.rounds)
-    sizes = {"model": name, "batch": bench.batch, "length": length}
+    sizes = {"model": name, "batch": count, "length": length}
     bench.add(f"prune: forward pass ({name})", times["forward"].cpu, "s", **sizes)
     ratios = [a / b for a, b in zip(times["grams"].cpu, times["forward"].cpu, strict=True)]
     bench.add(f"prune: Gram pass / forward ({name})", ratios, "ratio", most=GRAM_PASS, **sizes)
