@@ -118,23 +118,27 @@ METRICS: dict[str, str] = {
     "compress/certified_top1": "Share of positions whose most likely token is proved unchanged",
     **{
         f"unlearn/{part}_{kind}_{split}_{when}": f"{what} on the {split} part of the class to "
-        f"{part}, {when} unlearning, {unit}"
+        f"{part}, {when}, {unit}"
         for kind, what, unit in (
             ("acc", "Accuracy", "share"),
             ("bits_per_byte", "Cross-entropy", "bits per byte"),
         )
         for part in ("forget", "retain")
         for split in ("train", "held")
-        for when in ("before", "after")
+        for when in ("before", "after", "retrained")
+    },
+    **{
+        f"unlearn/{name}_{when}": f"{what}, {when}"
+        for name, what in (
+            ("membership_auc", "Membership inference by loss on the class to forget (estimate)"),
+            ("probe_acc", "Accuracy of a linear probe on the class to forget, share (estimate)"),
+            ("relearn_retain_steps", "Steps on retained data that undo half (none: not reached)"),
+            ("relearn_forget_steps", "Steps on a few samples that undo half (none: not reached)"),
+        )
+        for when in ("before", "after", "retrained")
     },
     "unlearn/forget_gap": "Held-out forget figure minus that of a model trained without the class",
     "unlearn/retain_gap": "Held-out retain figure minus that of a model trained without the class",
-    "unlearn/membership_auc_before": "Membership inference by loss on the class before (estimate)",
-    "unlearn/membership_auc_after": "Membership inference by loss on the class after (estimate)",
-    "unlearn/probe_acc_before": "Accuracy of a linear probe on the class before, share (estimate)",
-    "unlearn/probe_acc_after": "Accuracy of a linear probe on the class after, share (estimate)",
-    "unlearn/relearn_retain_steps": "Steps on retained data that undo half (none: not reached)",
-    "unlearn/relearn_forget_steps": "Steps on a few samples that undo half (none: not reached)",
     "unlearn/change": "Largest change of an edited map over its old norm (Frobenius), factor",
     "unlearn/norm_growth": "Largest spectral norm of an edited map after over before, factor",
     "unlearn/naive_before": "Sound Lipschitz bound from operator norms before",

@@ -57,7 +57,8 @@ def unlearn_bundle(cfg: DictConfig, run: Run) -> Outcome:
     write_json(record, report.to_dict())
     metrics = _metrics(report)
     kind = "bits_per_byte" if data.is_text else "acc"
-    loss = report.after[f"retain_{kind}_held"] - report.before[f"retain_{kind}_held"]
+    name = f"retain_{kind}_held"
+    loss = report.after.figures[name] - report.before.figures[name]
     return Outcome(
         metrics=metrics,
         artifacts={"bundle": forgotten.path, "unlearning": record},
@@ -69,7 +70,7 @@ def unlearn_bundle(cfg: DictConfig, run: Run) -> Outcome:
 def _data(source: Any, bundle: Bundle, settings: UnlearnConfig) -> ClassData:
     if isinstance(source, ImageConfig):
         return image_classes(load_images(source), settings)
-    if bundle.kind != "transformer":
+    if bundle.tokenizer is None:
         raise ConfigError(
             f"bundle={bundle.path}: a {bundle.kind}, and data is text; choose "
             "data=digits or other images"
@@ -86,10 +87,8 @@ def _data(source: Any, bundle: Bundle, settings: UnlearnConfig) -> ClassData:
 
 def _check_twin(bundle: Bundle, retrained: Bundle) -> None:
     """Refuse a model to compare with that reads other inputs."""
-    same_tokens = (bundle.tokenizer is None) == (retrained.tokenizer is None) and (
-        bundle.tokenizer is None or bundle.tokenizer.to_json() == retrained.tokenizer.to_json()
-    )
-    if bundle.kind != retrained.kind or not same_tokens:
+    old, new = (b.tokenizer and b.tokenizer.to_json() for b in (bundle, retrained))
+    if bundle.kind != retrained.kind or old != new:
         raise ConfigError(
             f"unlearn.retrained={retrained.path}: another kind of model or tokenizer than bundle; "
             "give a model that was trained like it, without the class"
@@ -99,20 +98,19 @@ def _check_twin(bundle: Bundle, retrained: Bundle) -> None:
 def _metrics(report: UnlearnReport) -> dict[str, float]:
     """Return the figures that exist; a return that the limit of steps did not reach has none."""
     metrics: dict[str, float | None] = {}
-    for when, found in (("before", report.before), ("after", report.after)):
-        metrics |= {f"unlearn/{name}_{when}": value for name, value in found.items()}
-    for name, value in (report.retrained or {}).items():
-        part, _, rest = name.partition("_")
-        if rest.endswith("held"):
-            metrics[f"unlearn/{part}_gap"] = report.after[name] - value
-    for when in ("before", "after"):
-        attack = getattr(report, f"membership_{when}")
-        if attack is not None:
-            metrics[f"unlearn/membership_auc_{when}"] = attack.auc
-        metrics[f"unlearn/probe_acc_{when}"] = getattr(report, f"probe_{when}")
-    if report.relearning is not None:
-        metrics["unlearn/relearn_retain_steps"] = report.relearning.retain
-        metrics["unlearn/relearn_forget_steps"] = report.relearning.forget
+    for when, standing in report.standings.items():
+        metrics |= {f"unlearn/{name}_{when}": value for name, value in standing.figures.items()}
+        metrics[f"unlearn/probe_acc_{when}"] = standing.probe
+        if standing.membership is not None:
+            metrics[f"unlearn/membership_auc_{when}"] = standing.membership.auc
+        if standing.relearning is not None:
+            metrics[f"unlearn/relearn_retain_steps_{when}"] = standing.relearning.retain
+            metrics[f"unlearn/relearn_forget_steps_{when}"] = standing.relearning.forget
+    if report.retrained is not None:
+        for name, value in report.retrained.figures.items():
+            part, _, rest = name.partition("_")
+            if rest.endswith("held"):
+                metrics[f"unlearn/{part}_gap"] = report.after.figures[name] - value
     maps = report.unlearning.maps
     metrics["unlearn/change"] = max(found.change for found in maps)
     metrics["unlearn/norm_growth"] = max(found.growth for found in maps)
@@ -130,26 +128,31 @@ def _notes(report: UnlearnReport) -> dict[str, str]:
         "data": report.data_rule,
         "erasure": "forgetting is measured at the output; it is not erasure: see the relearning "
         "steps and the probe",
+        "membership": _membership_note(report),
     }
-    attack = report.membership_before
-    if attack is None:
-        notes["membership"] = "the model has seen all of the class: nothing to infer from"
-    elif attack.is_attackable:
-        notes["membership"] = f"the model was attackable before (AUC {attack.auc:.3f})"
-    else:
-        notes["membership"] = (
-            f"the model was not attackable before (AUC {attack.auc:.3f}, standard error "
-            f"{attack.error:.3f}): the figure afterwards shows no protection"
-        )
-    if report.relearning is not None and None in (
-        report.relearning.retain,
-        report.relearning.forget,
-    ):
+    steps = [found.relearning for found in report.standings.values() if found.relearning]
+    if any(None in (found.retain, found.forget) for found in steps):
         notes["relearning"] = (
             f"where no number of steps is given, {report.settings.relearn_steps} did not bring "
             "half of the class back"
         )
     return notes
+
+
+def _membership_note(report: UnlearnReport) -> str:
+    attack = report.before.membership
+    if attack is None:
+        return "the model has seen all of the class: nothing to infer from"
+    if not attack.is_attackable:
+        return (
+            f"the model was not attackable before (AUC {attack.auc:.3f}, standard error "
+            f"{attack.error:.3f}): the figure afterwards shows no protection"
+        )
+    note = f"the model was attackable before (AUC {attack.auc:.3f})"
+    if report.retrained is None or report.retrained.membership is None:
+        return f"{note}, unless held-out samples are harder by themselves: set unlearn.retrained"
+    control = report.retrained.membership.auc
+    return f"{note}; a model that saw neither part has {control:.3f}, which is no membership"
 
 
 main = hydra_command("unlearn", unlearn_bundle)

@@ -5,12 +5,14 @@ how well a linear probe of the hidden layer still find the class.
 """
 
 import dataclasses
+import logging
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.bundle import Bundle, save_bundle
 from common.errors import BundleError
@@ -26,6 +28,8 @@ from compress.unlearning.samples import ClassData, shuffled
 from compress.unlearning.settings import UnlearnConfig
 from compress.unlearning.unlearner import Unlearning, unlearn_model
 from solvers.bounds import certify
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -44,22 +48,34 @@ class Relearning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Standing:
+    """What one model knows of the class and of the rest.
+
+    Attributes:
+        figures: Accuracy or bits per byte of every part, by ``measure.figures``.
+        membership: Inference on the class; None where no sample of it was held out.
+        probe: Share of the class that a probe of the last hidden layer finds; None for text.
+        relearning: Steps back to half of the forgetting; None for the model before, and where it
+            was not asked for.
+    """
+
+    figures: dict[str, float]
+    membership: Membership | None
+    probe: float | None
+    relearning: Relearning | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class UnlearnReport:
     """What was forgotten, what was kept, and how firmly.
 
     Attributes:
         settings: What was asked for.
         data_rule: Which data are the class and which were held out, in words.
-        before: Accuracy or bits per byte of every part, by ``measure.figures``.
-        after: The same of the new model.
-        retrained: The same of a model trained without the class, or None.
+        before: The model as it was.
+        after: The new model.
+        retrained: A model trained without the class, or None.
         rebound: Share of the forgetting that recovery undid; 0 without recovery.
-        membership_before: Membership inference on the class, old model; None where the class has
-            no held-out samples.
-        membership_after: The same, new model.
-        relearning: Steps back to half of the forgetting; None where it was not asked for.
-        probe_before: Share of the class that a probe of the old hidden layer finds; None for text.
-        probe_after: The same of the new one.
         naive_before: Naive bound of the parent's certificate, or None.
         naive_after: The re-certified naive bound, or None.
         certified_deviation: Proved bound on the RMS change of the logits, or None.
@@ -69,20 +85,21 @@ class UnlearnReport:
 
     settings: UnlearnConfig
     data_rule: str
-    before: dict[str, float]
-    after: dict[str, float]
-    retrained: dict[str, float] | None
+    before: Standing
+    after: Standing
+    retrained: Standing | None
     rebound: float
-    membership_before: Membership | None
-    membership_after: Membership | None
-    relearning: Relearning | None
-    probe_before: float | None
-    probe_after: float | None
     naive_before: float | None
     naive_after: float | None
     certified_deviation: float | None
     seconds: float
     unlearning: Unlearning
+
+    @property
+    def standings(self) -> dict[str, Standing]:
+        """The models that were measured, by ``before``, ``after`` and ``retrained``."""
+        found = {"before": self.before, "after": self.after, "retrained": self.retrained}
+        return {when: standing for when, standing in found.items() if standing is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: the content of ``compression.json`` under ``unlearning``."""
@@ -148,19 +165,15 @@ def unlearn(
     # A void certificate says nothing about the parent, so nothing follows from it.
     proof = bundle.certificate if bundle.void is None else None
     certificate = None if proof is None else certify(found.model, tighten=False)
-    is_image = not data.is_text
     report = UnlearnReport(
         settings=settings,
         data_rule=data.rule,
-        before=figures(bundle.model, data),
-        after=figures(found.model, data),
-        retrained=None if retrained is None else figures(retrained.model, data),
+        before=_standing(bundle.model, data),
+        after=_standing(found.model, data, bundle.model, settings),
+        retrained=None
+        if retrained is None
+        else _standing(retrained.model, data, bundle.model, settings),
         rebound=share,
-        membership_before=_membership(bundle.model, data),
-        membership_after=_membership(found.model, data),
-        relearning=_relearning(bundle.model, found.model, data, settings),
-        probe_before=probe(bundle.model, data) if is_image else None,
-        probe_after=probe(found.model, data) if is_image else None,
         naive_before=None if proof is None else proof.naive,
         naive_after=None if certificate is None else certificate.naive,
         certified_deviation=_deviation(bundle, found, proof, certificate),
@@ -196,17 +209,30 @@ def check_kind(bundle: Bundle, data: ClassData) -> None:
         )
 
 
-def _calibration(data: ClassData, settings: UnlearnConfig) -> tuple[Any, Any]:
+def _calibration(data: ClassData, settings: UnlearnConfig) -> tuple[Tensor, Tensor]:
     """Return inputs of the class and of the rest; text was already limited when it was cut."""
     parts = (data.forget_train, data.retain_train)
     count = max(map(len, parts)) if data.is_text else settings.images
-    return tuple(shuffled(part, count, settings.seed).inputs for part in parts)
+    forget, retain = (shuffled(part, count, settings.seed).inputs for part in parts)
+    return forget, retain
 
 
-def _membership(model: Any, data: ClassData) -> Membership | None:
-    if not data.is_unseen:
-        return None
-    return attack_membership(losses(model, data.forget_train), losses(model, data.forget_held))
+def _standing(
+    model: Any, data: ClassData, dense: Any = None, settings: UnlearnConfig | None = None
+) -> Standing:
+    """Measure a model; relearning is counted from the forgetting since ``dense``."""
+    found = figures(model, data)
+    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    membership = None
+    if data.is_unseen:
+        parts = (data.forget_train, data.forget_held)
+        membership = attack_membership(*(losses(model, part) for part in parts))
+    return Standing(
+        figures=found,
+        membership=membership,
+        probe=None if data.is_text else probe(model, data),
+        relearning=None if settings is None else _relearning(dense, model, data, settings),
+    )
 
 
 def _relearning(
@@ -215,7 +241,7 @@ def _relearning(
     if not settings.relearn_steps:
         return None
     few = shuffled(data.forget_train, settings.relearn_examples, settings.seed)
-    steps = [
+    retain, forget = (
         relearning_steps(
             dense,
             model,
@@ -226,8 +252,8 @@ def _relearning(
             seed=settings.seed,
         )
         for train in (data.retain_train, few)
-    ]
-    return Relearning(retain=steps[0], forget=steps[1])
+    )
+    return Relearning(retain=retain, forget=forget)
 
 
 def _deviation(bundle: Bundle, found: Unlearning, proof: Any, anew: Any) -> float | None:

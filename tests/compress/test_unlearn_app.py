@@ -86,7 +86,7 @@ def test_text_class_is_forgotten_under_its_certificate(lipllm, language, texts):
     assert found["naive_after"] == bundle.certificate.naive
     assert found["naive_after"] <= found["naive_before"] * (1 + 1e-6)
     assert found["norm_growth"] <= 1 + 1e-6
-    assert 0.5 < found["membership_auc_before"] + 0.5 < 1.5
+    assert 0 < found["membership_auc_before"] < 1
     stored = bundle.compression["unlearning"]
     assert stored == json.loads((done.directory / "unlearning.json").read_text())
     assert stored["settings"]["forget"] == "numbers"
@@ -121,6 +121,8 @@ def test_digit_is_forgotten_and_compared(lipllm, classifier, tmp_path):
     assert found["retain_acc_held_after"] > found["retain_acc_held_before"] - 0.03
     gap = found["forget_acc_held_after"] - found["forget_acc_held_before"]
     assert found["forget_gap"] == pytest.approx(gap)
+    assert found["forget_acc_held_retrained"] == found["forget_acc_held_before"]
+    assert found["relearn_forget_steps_retrained"] == 0
     assert found["probe_acc_after"] == found["probe_acc_before"]
     assert found["certified_deviation"] > 0
     summary = json.loads((done.directory / "summary.json").read_text())
@@ -135,7 +137,7 @@ def test_classifier_deviation_covers_what_is_seen(lipllm, classifier):
         *("unlearn", f"bundle={classifier.path}", "data=digits", "unlearn.forget=3"),
         *("unlearn.layers=1", "unlearn.relearn_steps=0"),
     )
-    assert "unlearn/relearn_forget_steps" not in done.metrics
+    assert "unlearn/relearn_forget_steps_after" not in done.metrics
     model = load_bundle(done.directory / "bundle").model
     images = torch.cat([load_digits().val_NI, torch.rand(500, 64)])
     with torch.no_grad():
