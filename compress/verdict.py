@@ -26,8 +26,9 @@ def mark(
         default: The default method, ``SCORE+COMP``.
 
     Returns:
-        Per budget: ``best`` (method), ``bits`` of it, ``gap`` of the default in bits per byte and
-        whether it is ``tied`` (or best itself); ``sequential_gap`` of the default in that order;
+        Per budget: ``best`` (method), ``bits`` of it, ``gap`` of the default in bits per byte,
+        whether it ``keeps_certificate`` and, if so, is ``tied`` (or best itself);
+        ``sequential_gap`` of the default in that order;
         ``rotation_gap`` of the default to the rotation, negative where the default is better.
     """
     for point in points:
@@ -47,6 +48,7 @@ def mark(
         own = {p["order"]: p for p in group if method(p) == default}
         gaps = {order: point["val_bits_per_byte"] - bits for order, point in own.items()}
         gap = gaps.get("one_shot")
+        is_kept = "one_shot" in own and own["one_shot"]["keeps_certificate"]
         turned = [p["val_bits_per_byte"] - bits for p in group if p["score"] == ROTATION]
         verdicts.append(
             {
@@ -55,7 +57,8 @@ def mark(
                 "best": method(best),
                 "bits": bits,
                 "gap": gap,
-                "tied": gap is not None and gap <= TIE and own["one_shot"]["keeps_certificate"],
+                "keeps_certificate": is_kept,
+                "tied": is_kept and gap is not None and gap <= TIE,
                 "sequential_gap": gaps.get("sequential"),
                 "rotation_gap": gap - turned[0] if turned and gap is not None else None,
             }

@@ -155,11 +155,17 @@ def _verdicts(content: Mapping[str, Any]) -> str:
             number(verdict["gap"]),
             number(verdict["sequential_gap"]),
             number(verdict["rotation_gap"]),
-            "best or tied" if verdict["tied"] else "behind",
+            _judgement(verdict),
         ]
         for verdict in content["verdicts"]
     ]
     return table(heads, rows, text_columns=3)
+
+
+def _judgement(verdict: Mapping[str, Any]) -> str:
+    if not verdict["keeps_certificate"]:
+        return "above the dense bound"
+    return "best or tied" if verdict["tied"] else "behind"
 
 
 def _legend(content: Mapping[str, Any]) -> str:

@@ -242,6 +242,7 @@ def test_a_default_that_is_behind_or_breaks_the_certificate(bits, naive):
     points = [row("lsq_capped", bits, naive), row("none", 2.0)]
     [verdict] = mark(points, {"cert_naive": 1.0}, "obs+lsq_capped")
     assert (verdict["best"], verdict["tied"]) == ("obs+none", False)
+    assert verdict["keeps_certificate"] == (naive == 1.0)
 
 
 def configure(bundle, tmp_path, **changes):
