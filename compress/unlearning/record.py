@@ -1,11 +1,6 @@
-"""``unlearn``: from a bundle to a bundle that has forgotten a class, and the account of it.
-
-Forgetting is measured at the output. It is not erasure: the report says how soon fine-tuning and
-how well a linear probe of the hidden layer still find the class.
-"""
+"""``unlearn``: from a bundle to a bundle that has forgotten a class, and the account of it."""
 
 import dataclasses
-import logging
 import math
 import time
 from pathlib import Path
@@ -20,49 +15,15 @@ from compress.classifier_deviation import classifier_deviation
 from compress.deviation import certified_deviation
 from compress.fit import Fit
 from compress.pruner import Pruning
-from compress.unlearning.measure import figures, knowledge, losses, probe
-from compress.unlearning.membership import Membership, attack_membership
+from compress.unlearning.measure import knowledge
 from compress.unlearning.recovery import guard
-from compress.unlearning.relearning import relearning_steps
 from compress.unlearning.samples import ClassData, shuffled
 from compress.unlearning.settings import UnlearnConfig
+from compress.unlearning.standing import Standing, measure_standing
 from compress.unlearning.unlearner import Unlearning, unlearn_model
 from solvers.bounds import certify
 
-log = logging.getLogger(__name__)
-
 FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Relearning:
-    """Steps of fine-tuning that undo half of the forgetting; None where the limit did not do.
-
-    Attributes:
-        retain: On retained data only.
-        forget: On a few samples of the class.
-    """
-
-    retain: int | None
-    forget: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Standing:
-    """What one model knows of the class and of the rest.
-
-    Attributes:
-        figures: Accuracy or bits per byte of every part, by ``measure.figures``.
-        membership: Inference on the class; None where no sample of it was held out.
-        probe: Share of the class that a probe of the last hidden layer finds; None for text.
-        relearning: Steps back to half of the forgetting; None for the model before, and where it
-            was not asked for.
-    """
-
-    figures: dict[str, float]
-    membership: Membership | None
-    probe: float | None
-    relearning: Relearning | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -157,34 +118,23 @@ def unlearn(
     began = time.perf_counter()
     found = unlearn_model(bundle.model, forget, retain, settings)
     seconds = time.perf_counter() - began
-    known = knowledge(bundle.model, data.forget_held)
-    edited, now = (knowledge(m, data.forget_held) for m in (found.edited, found.model))
-    share = 0.0
-    if settings.recovery != "none":
-        share = guard(known, edited, now, settings.rebound)
+    share = _rebound(bundle, found, data, settings)
     # A void certificate says nothing about the parent, so nothing follows from it.
     proof = bundle.certificate if bundle.void is None else None
     certificate = None if proof is None else certify(found.model, tighten=False)
     report = UnlearnReport(
         settings=settings,
         data_rule=data.rule,
-        before=_standing(bundle.model, data),
-        after=_standing(found.model, data, bundle.model, settings),
-        retrained=None
-        if retrained is None
-        else _standing(retrained.model, data, bundle.model, settings),
+        **_standings(bundle, found, data, settings, retrained),
         rebound=share,
-        naive_before=None if proof is None else proof.naive,
-        naive_after=None if certificate is None else certificate.naive,
+        naive_before=proof and proof.naive,
+        naive_after=certificate and certificate.naive,
         certified_deviation=_deviation(bundle, found, proof, certificate),
         seconds=seconds,
         unlearning=found,
     )
-    where = (
-        Path(path) if path is not None else bundle.path.with_name(f"{bundle.path.name}-unlearned")
-    )
     saved = save_bundle(
-        where,
+        path or bundle.path.with_name(f"{bundle.path.name}-unlearned"),
         found.model,
         bundle.tokenizer,
         certificate=certificate,
@@ -217,43 +167,33 @@ def _calibration(data: ClassData, settings: UnlearnConfig) -> tuple[Tensor, Tens
     return forget, retain
 
 
-def _standing(
-    model: Any, data: ClassData, dense: Any = None, settings: UnlearnConfig | None = None
-) -> Standing:
-    """Measure a model; relearning is counted from the forgetting since ``dense``."""
-    found = figures(model, data)
-    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-    membership = None
-    if data.is_unseen:
-        parts = (data.forget_train, data.forget_held)
-        membership = attack_membership(*(losses(model, part) for part in parts))
-    return Standing(
-        figures=found,
-        membership=membership,
-        probe=None if data.is_text else probe(model, data),
-        relearning=None if settings is None else _relearning(dense, model, data, settings),
-    )
+def _standings(
+    bundle: Bundle,
+    found: Unlearning,
+    data: ClassData,
+    settings: UnlearnConfig,
+    retrained: Bundle | None,
+) -> dict[str, Any]:
+    """Measure all models that there are."""
+    dense = bundle.model
+    other = None
+    if retrained is not None:
+        other = measure_standing(retrained.model, data, dense, settings)
+    return {
+        "before": measure_standing(dense, data),
+        "after": measure_standing(found.model, data, dense, settings),
+        "retrained": other,
+    }
 
 
-def _relearning(
-    dense: Any, model: Any, data: ClassData, settings: UnlearnConfig
-) -> Relearning | None:
-    if not settings.relearn_steps:
-        return None
-    few = shuffled(data.forget_train, settings.relearn_examples, settings.seed)
-    retain, forget = (
-        relearning_steps(
-            dense,
-            model,
-            train,
-            data.forget_held,
-            limit=settings.relearn_steps,
-            lr=settings.relearn_lr,
-            seed=settings.seed,
-        )
-        for train in (data.retain_train, few)
+def _rebound(bundle: Bundle, found: Unlearning, data: ClassData, settings: UnlearnConfig) -> float:
+    """Measure the class again after recovery, and refuse if it came back."""
+    if settings.recovery == "none":
+        return 0.0
+    known, edited, now = (
+        knowledge(model, data.forget_held) for model in (bundle.model, found.edited, found.model)
     )
-    return Relearning(retain=retain, forget=forget)
+    return guard(known, edited, now, settings.rebound)
 
 
 def _deviation(bundle: Bundle, found: Unlearning, proof: Any, anew: Any) -> float | None:

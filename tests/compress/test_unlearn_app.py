@@ -12,7 +12,7 @@ from common.bundle import Bundle, load_bundle, save_bundle
 from common.images import load_digits
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from common.tokenizer import ByteTokenizer
-from compress.unlearning import record
+from compress.unlearning import standing
 from solvers.bounds import certify, verify
 
 FEW = ["unlearn.relearn_steps=2", "unlearn.tokens=2048", "unlearn.eval_tokens=512"]
@@ -188,7 +188,7 @@ def test_an_interrupted_run_leaves_no_bundle(lipllm, classifier, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record, "probe", interrupt)
+    monkeypatch.setattr(standing, "probe", interrupt)
     done = lipllm("unlearn", f"bundle={classifier.path}", "data=digits", "unlearn.forget=3")
     assert done.status == 130
     assert not list(Path("runs").rglob("bundle"))
