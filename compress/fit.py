@@ -101,8 +101,9 @@ def fit_target(
 def make_problem(
     adapter: Adapter, target: Target, moments: Moments, settings: CompressConfig
 ) -> Problem:
-    """Return the reconstruction problem of one target; centred where the bias may move."""
-    is_centred = settings.bias and adapter.bias(target) is not None
+    """Return the reconstruction problem of one target; centred where means cannot matter."""
+    moves_bias = settings.bias and adapter.bias(target) is not None
+    is_centred = moves_bias or adapter.absorbs_mean(target)
     return Problem(
         gram_II=moments.gram_II(centred=is_centred),
         weight_IO=adapter.weight(target),

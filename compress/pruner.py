@@ -15,6 +15,7 @@ from compress.budget import Candidate, share
 from compress.clock import StageClock
 from compress.fidelity import Ranking, rank
 from compress.fit import Fit, fit_target, make_problem
+from compress.hold import hold_bound
 from compress.settings import CompressConfig
 from compress.statistics import Statistics, collect
 from compress.streams import Streams
@@ -183,7 +184,7 @@ def prune_model(
     Returns:
         The smaller model and the decisions.
     """
-    adapter = adapter_for(model)
+    adapter = adapter_for(model, inputs)
     if settings.allocation == "certified" and gains is None:
         raise ConfigError(
             "compress.allocation=certified: expected a model with a certificate; "
@@ -197,9 +198,14 @@ def prune_model(
     if settings.order == "one_shot":
         assert found is not None
         fits = _fit_at_once(copy, targets, found, counts, settings)
+        _recalibrate(copy, inputs, settings)
     else:
         fits = _fit_in_order(copy, targets, inputs, counts, settings)
     pruned = copy.cut({fit.target.name: fit.kept_K for fit in fits})
+    comp = settings.comp_for(certifiable=adapter.certifiable)
+    is_smaller = any(len(fit.kept_K) < fit.target.inputs for fit in fits)
+    if adapter.certifiable and comp == "lsq_capped" and settings.tau <= 1 and is_smaller:
+        hold_bound(model, pruned, targets)
     return Pruning(model=pruned, fits=tuple(fits))
 
 
@@ -225,6 +231,16 @@ def _fit_at_once(
         copy.write(target, fit.weight_IO, fit.bias_O)
         fits.append(fit)
     return fits
+
+
+def _recalibrate(copy: Adapter, inputs: Tensor, settings: CompressConfig) -> None:
+    """Walk through a model whose normalisation statistics belong to its old weights."""
+    if not copy.normalises:
+        return
+    streams = Streams(copy, inputs, settings.holdout)
+    for stage in copy.stages():
+        copy.recalibrate(stage, streams.fitted)
+        streams.advance(stage)
 
 
 def _fit_in_order(
@@ -255,8 +271,8 @@ def _fit_in_order(
                 fit.error,
                 fit.held_error,
             )
+        copy.recalibrate(stage, streams.fitted)
         if len(fits) == len(targets):
             break
-        copy.recalibrate(stage, streams.fitted)
         streams.advance(stage)
     return fits

@@ -96,6 +96,15 @@ class Adapter(ABC):
         if bias_O is not None:
             module.bias.copy_(bias_O)
 
+    @property
+    def normalises(self) -> bool:
+        """Whether the model holds normalisation statistics that ``recalibrate`` estimates."""
+        return False
+
+    def absorbs_mean(self, target: Target) -> bool:
+        """Return whether normalisation right behind the map takes out any constant."""
+        return False
+
     def recalibrate(self, stage: Stage, streams: Sequence[Any]) -> None:
         """Re-estimate normalisation statistics inside a stage from the streams that enter it."""
         return

@@ -123,6 +123,19 @@ class SequentialAdapter(Adapter):
         if bias_O is not None:
             module.bias.copy_(bias_O)
 
+    @property
+    def normalises(self) -> bool:
+        """Whether the chain holds BatchNorm layers with running statistics."""
+        return any(isinstance(layer, NORMS) and layer.track_running_stats for layer in self.chain)
+
+    def absorbs_mean(self, target: Target) -> bool:
+        """Return whether a re-estimated BatchNorm is the next layer.
+
+        Source: arXiv 2511.19566 (centred similarity matrix of networks with BatchNorm).
+        """
+        behind = self.chain[self.names.index(target.name) + 1 :][:1]
+        return any(isinstance(layer, NORMS) and layer.track_running_stats for layer in behind)
+
     @torch.no_grad()
     def recalibrate(self, stage: Stage, streams: Sequence[Tensor]) -> None:
         """Re-estimate BatchNorm's statistics behind the first map that a write has changed.

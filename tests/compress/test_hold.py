@@ -1,0 +1,67 @@
+"""The whole network's naive bound does not grow under caps, biases or not."""
+
+import pytest
+import torch
+
+from common.models import LipschitzMLP
+from compress.hold import SHRINKS, hold_bound
+from compress.pruner import prune_model
+from compress.settings import CompressConfig
+from solvers.bounds import certify
+
+TOKENS = torch.randint(11, (48, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "keeps", [(0.8, 1.0), (0.5, 0.5), (1.0, 0.5)], ids=["mlp", "both", "heads"]
+)
+@pytest.mark.parametrize("activation", ["maxmin", "gelu", "relu"])
+def test_the_certificate_does_not_grow(make_model, activation, keeps):
+    """Oracle: certificates before and after, with large biases, several seeds."""
+    for seed in range(3):
+        model = make_model(activation, heads=4, seed=seed).float()
+        settings = CompressConfig(keep=keeps[0], keep_heads=keeps[1], ridge=1e-4)
+        pruned = prune_model(model, TOKENS, settings).model
+        before, after = (certify(each, tighten=False).naive for each in (model, pruned))
+        assert after <= before
+
+
+def test_classifiers_are_held_too():
+    """Oracle: as above, whole input space."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LipschitzMLP((6, 16, 12, 3), "relu")
+    images = torch.rand(256, 6, generator=torch.Generator().manual_seed(0))
+    pruned = prune_model(model, images, CompressConfig(keep=0.5)).model
+    assert certify(pruned, tighten=False).naive <= certify(model, tighten=False).naive
+
+
+def test_the_smallest_shrink_that_is_enough_is_taken(make_model):
+    """A map made larger by a thousandth comes back; a fitting one stays bit for bit."""
+    model = make_model("relu", bias=False)
+    settings = CompressConfig(keep=0.99, ridge=1e-4, comp="none")
+    pruning = prune_model(model, TOKENS, settings)
+    targets = [fit.target for fit in pruning.fits]
+    before = {name: tensor.clone() for name, tensor in pruning.model.state_dict().items()}
+    assert hold_bound(model, pruning.model, targets) == 0.0
+    for name, tensor in pruning.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    grown = make_model("relu", bias=False)
+    with torch.no_grad():
+        for layer in grown.layers:
+            layer.mlp.down.weight *= 1.0005
+    shrink = hold_bound(model, grown, targets)
+    assert shrink == 1e-3 == SHRINKS[3]
+    assert certify(grown, tighten=False).naive <= certify(model, tighten=False).naive
+
+
+def test_what_cannot_be_held_is_said(make_model, caplog):
+    """Another matrix has grown: the log names the bound, and the weights stay."""
+    model, grown = make_model("relu"), make_model("relu")
+    with torch.no_grad():
+        grown.head.weight *= 2
+    before = grown.layers[0].mlp.down.weight.clone()
+    pruning = prune_model(model, TOKENS, CompressConfig(keep=0.9, comp="none", ridge=1e-4))
+    assert hold_bound(model, grown, [fit.target for fit in pruning.fits]) == 0.0
+    assert "biases outweigh" in caplog.text
+    assert torch.equal(grown.layers[0].mlp.down.weight, before)
