@@ -27,6 +27,7 @@ STEPS = 4
 """Decode steps per measurement: a single one of a small model is short for the clock."""
 
 Work = Callable[[], Any]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,7 @@ def forward_speed(
     batch: int | None = None,
     length: int | None = None,
     rounds: int = ROUNDS,
+    clock: Clock = time.perf_counter,
 ) -> Speed:
     """Compare forward passes on random tokens.
 
@@ -68,6 +70,7 @@ def forward_speed(
         batch: Sequences; by default about 2048 tokens together.
         length: Tokens per sequence; the context by default.
         rounds: Pairs of measurements.
+        clock: Seconds; of the processor where a busy machine should not count.
 
     Raises:
         ConfigError: for a length beyond the context.
@@ -77,7 +80,7 @@ def forward_speed(
     tokens_BT = _tokens(dense, batch, length)
     device = dense.embedding.weight.device
     works = [lambda model=model: model(tokens_BT) for model in (dense, pruned)]
-    return compare(*works, device=device, rounds=rounds, batch=batch, length=length)
+    return compare(*works, device=device, rounds=rounds, batch=batch, length=length, clock=clock)
 
 
 def decode_speed(
@@ -87,6 +90,7 @@ def decode_speed(
     batch: int = 1,
     length: int | None = None,
     rounds: int = ROUNDS,
+    clock: Clock = time.perf_counter,
 ) -> Speed:
     """Compare single decode steps behind cached keys and values.
 
@@ -96,6 +100,7 @@ def decode_speed(
         batch: Sequences.
         length: Cached tokens per sequence; half the context by default.
         rounds: Pairs of measurements.
+        clock: Seconds; of the processor where a busy machine should not count.
 
     Raises:
         ConfigError: when the context has no room for one more token.
@@ -104,23 +109,28 @@ def decode_speed(
     tokens_BT = _tokens(dense, batch, length)
     device = dense.embedding.weight.device
     works = [_decoder(model, tokens_BT) for model in (dense, pruned)]
-    return compare(*works, device=device, rounds=rounds, repeats=STEPS, batch=batch, length=length)
+    return compare(
+        *works, device=device, rounds=rounds, repeats=STEPS, batch=batch, length=length, clock=clock
+    )
 
 
-def mlp_speedup(dense: Any, pruned: Any, *, rounds: int = ROUNDS) -> float:
+def mlp_speedup(
+    dense: Any, pruned: Any, *, rounds: int = ROUNDS, clock: Clock = time.perf_counter
+) -> float:
     """Return how many times faster all MLPs together run after pruning.
 
     Args:
         dense: Transformer before pruning.
         pruned: After pruning.
         rounds: Pairs of measurements.
+        clock: Seconds; of the processor where a busy machine should not count.
     """
     weight = dense.embedding.weight
     x_TC = torch.zeros(BATCH_TOKENS, weight.shape[1], dtype=weight.dtype, device=weight.device)
     works = [
         lambda model=model: [layer.mlp(x_TC) for layer in model.layers] for model in (dense, pruned)
     ]
-    return compare(*works, device=weight.device, rounds=rounds).ratio
+    return compare(*works, device=weight.device, rounds=rounds, clock=clock).ratio
 
 
 @torch.no_grad()
@@ -134,7 +144,7 @@ def compare(
     repeats: int = 1,
     batch: int = 1,
     length: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> Speed:
     """Time two pieces of work in turns.
 
@@ -183,7 +193,7 @@ def _decoder(model: Any, tokens_BT: Tensor) -> Work:
     return step
 
 
-def _seconds(work: Work, device: torch.device, clock: Callable[[], float], repeats: int) -> float:
+def _seconds(work: Work, device: torch.device, clock: Clock, repeats: int) -> float:
     _wait(device)
     began = clock()
     for _ in range(repeats):

@@ -94,6 +94,14 @@ def test_each_decode_step_sees_the_same_cached_tokens(make_model, monkeypatch):
     assert set(seen) == {(15, (2, 1))}
 
 
+@pytest.mark.parametrize("measure", [forward_speed, decode_speed, mlp_speedup])
+def test_the_given_clock_is_read(make_model, measure):
+    """Oracle: a clock that ticks once per reading: all durations, so all ratios, are equal."""
+    ticks = itertools.count()
+    speed = measure(make_model("gelu"), make_model("relu"), rounds=3, clock=lambda: next(ticks))
+    assert getattr(speed, "ratio", speed) == 1.0
+
+
 @pytest.mark.parametrize(
     ("measure", "length", "most"), [(forward_speed, 17, 16), (decode_speed, 16, 15)]
 )
