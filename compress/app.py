@@ -17,15 +17,15 @@ from common.device import resolve_device
 from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
 from compress.adapters import adapter_for
-from compress.calibration import calibration_tokens
 from compress.checkpoint_app import compress_checkpoint
+from compress.checkpoints.checkpoint import is_hf
 from compress.classifier_app import compress_classifier
 from compress.frontier import frontier_point, frontier_points, speeds
-from compress.hf_checkpoint import is_hf
 from compress.measure import Reference
 from compress.pruner import Survey, survey
 from compress.record import PruneReport, check_model, prune, require_certificate
 from compress.settings import CompressConfig
+from compress.statistics.calibration import calibration_tokens
 from compress.timing import mlp_speedup
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from common.device import resolve_device
 from common.errors import ConfigError
 from common.pretrained import load_tokenizer
 from common.runs import Outcome, Run
-from compress.calibration import calibration_tokens
-from compress.hf_checkpoint import load_hf, save_hf
+from compress.checkpoints.checkpoint import load_hf, save_hf
 from compress.measure import Reference
 from compress.pruner import Pruning, prune_model
 from compress.report import FORMAT_VERSION
 from compress.settings import CompressConfig
-from compress.statistics import batches
+from compress.statistics.calibration import calibration_tokens
+from compress.statistics.collect import batches
 from compress.timing import compare
 
 log = logging.getLogger(__name__)

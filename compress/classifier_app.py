@@ -14,9 +14,9 @@ from common.config import build
 from common.errors import ConfigError
 from common.images import ImageConfig, Images, load_images
 from common.runs import Outcome, Run
-from compress.calibration import gaussian_images, image_moments
 from compress.record import prune
 from compress.settings import CompressConfig
+from compress.statistics.calibration import gaussian_images, image_moments
 
 
 def compress_classifier(

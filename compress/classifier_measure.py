@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.images import Images
-from compress.classifier_deviation import ClassifierDeviation, Form, activated
+from compress.deviation.classifier import ClassifierDeviation, Form, activated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)

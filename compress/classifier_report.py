@@ -12,12 +12,12 @@ from torch import Tensor
 from common.classifier_certificate import ClassifierCertificate
 from common.errors import CertificateError
 from common.images import Images
-from compress.classifier_deviation import ClassifierDeviation, classifier_deviation
 from compress.classifier_measure import Seen, look
+from compress.deviation.classifier import ClassifierDeviation, classifier_deviation
+from compress.deviation.text import AGREEMENT
 from compress.fit import Fit
 from compress.pruner import Pruning
 from compress.settings import CompressConfig
-from compress.text_deviation import AGREEMENT
 from solvers.bounds.classifier import certify_classifier
 
 FORMAT_VERSION = 2

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from common.config import one_of
-from compress.elimination import regular_cholesky
-from compress.scores import similarity
+from compress.scoring.elimination import regular_cholesky
+from compress.scoring.scores import similarity
 from compress.targets import Problem
 
 log = logging.getLogger(__name__)

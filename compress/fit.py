@@ -10,9 +10,9 @@ from torch import Tensor
 
 from compress.adapters import Adapter
 from compress.compensate import compensate, reconstruction_error
-from compress.fidelity import Ranking, rank
-from compress.grams import Moments
+from compress.scoring.fidelity import Ranking, rank
 from compress.settings import CompressConfig
+from compress.statistics.grams import Moments
 from compress.targets import Problem, Target, block_indices
 
 

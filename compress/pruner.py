@@ -11,14 +11,14 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from compress.adapters import Adapter, adapter_for
-from compress.budget import Candidate, share
-from compress.clock import StageClock
-from compress.fidelity import Ranking, rank
+from compress.budgets.budget import Candidate, share
+from compress.budgets.clock import StageClock
 from compress.fit import Fit, fit_target, make_problem
 from compress.hold import hold_bound
+from compress.scoring.fidelity import Ranking, rank
 from compress.settings import CompressConfig
-from compress.statistics import Statistics, collect
-from compress.streams import Streams
+from compress.statistics.collect import Statistics, collect
+from compress.statistics.streams import Streams
 from compress.targets import Target
 
 log = logging.getLogger(__name__)

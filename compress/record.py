@@ -15,13 +15,13 @@ from common.errors import CertificateError, ConfigError, DataError
 from common.images import Images
 from compress.adapters import adapter_for
 from compress.classifier_report import ClassifierReport, classifier_report
-from compress.deviation import Deviation, certified_deviation
+from compress.deviation.network import Deviation, certified_deviation
+from compress.deviation.recertify import recertify
+from compress.deviation.text import AGREEMENT, TextBounds, measure_deviation, text_bounds
 from compress.pruner import Pruning, Survey, prune_model
-from compress.recertify import recertify
 from compress.report import PruneReport as PruneReport
 from compress.report import sizes
 from compress.settings import CompressConfig
-from compress.text_deviation import AGREEMENT, TextBounds, measure_deviation, text_bounds
 
 
 def prune(

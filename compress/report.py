@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 from common.certificate import Certificate
-from compress.deviation import Deviation
+from compress.deviation.network import Deviation
+from compress.deviation.text import TextBounds, expected_est
 from compress.fit import Fit
 from compress.flops import token_flops
 from compress.pruner import Pruning
 from compress.settings import CompressConfig
-from compress.text_deviation import TextBounds, expected_est
 
 FORMAT_VERSION = 2
 _TOTALS = ("tightened", "naive", "reference", "log10_tightened", "log10_naive")

@@ -16,8 +16,8 @@ from torch import Tensor
 from common.config import within
 from compress.adapters import LipschitzAdapter
 from compress.adapters.lipschitz import assemble
-from compress.grams import Moments
-from compress.statistics import batches
+from compress.statistics.collect import batches
+from compress.statistics.grams import Moments
 
 _READERS = (
     *("embedding.weight", "head.weight", "mlp.up.weight"),

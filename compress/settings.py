@@ -6,10 +6,10 @@ from typing import Any
 
 from common.config import check_types, one_of, positive, within
 from common.errors import ConfigError
-from compress.allocate import ALLOCATORS
-from compress.budget import Budget
+from compress.budgets.allocate import ALLOCATORS
+from compress.budgets.budget import Budget
 from compress.compensate import METHODS
-from compress.fidelity import SCORES
+from compress.scoring.fidelity import SCORES
 
 ORDERS = ("sequential", "one_shot")
 CALIBRATIONS = ("data", "model", "random")

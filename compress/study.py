@@ -24,15 +24,15 @@ from common.errors import DataError
 from common.files import write_json
 from common.reporting.runs import read_json
 from compress.adapters import LipschitzAdapter
-from compress.deviation import certified_deviation
-from compress.fidelity import rank
+from compress.deviation.network import certified_deviation
 from compress.fit import make_problem
 from compress.flops import token_flops
 from compress.measure import Reference
 from compress.pruner import Survey, prune_model
 from compress.rotation import directions, slice_width, width_for
+from compress.scoring.fidelity import rank
 from compress.settings import CompressConfig
-from compress.statistics import Statistics, collect
+from compress.statistics.collect import Statistics, collect
 from compress.study_config import DEFAULT, KINDS, ROTATION, Case, StudyConfig
 from compress.study_config import cases as grid
 from compress.timing import decode_speed, forward_speed

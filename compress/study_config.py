@@ -6,7 +6,7 @@ from typing import Any
 
 from common.config import check_types, one_of, positive, within
 from compress.compensate import METHODS
-from compress.fidelity import SCORES
+from compress.scoring.fidelity import SCORES
 
 KINDS = {"mlp": "keep", "heads": "keep_heads"}
 """What is removed, and the name of its budget in ``CompressConfig``."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.config import one_of
 from compress.compensate import METHODS
-from compress.elimination import regular_cholesky
+from compress.scoring.elimination import regular_cholesky
 from compress.targets import Problem, block_indices
 
 FLOOR = 1e-300

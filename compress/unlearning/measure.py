@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.adapters import Adapter, adapter_for, captured
-from compress.statistics import batches, run
+from compress.statistics.collect import batches, run
 from compress.targets import Target
 from compress.unlearning.samples import ClassData, Samples
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from common.bundle import Bundle, save_bundle
 from common.errors import BundleError
-from compress.classifier_deviation import classifier_deviation
-from compress.deviation import certified_deviation
+from compress.deviation.classifier import classifier_deviation
+from compress.deviation.network import certified_deviation
 from compress.fit import Fit
 from compress.pruner import Pruning
 from compress.unlearning.measure import knowledge

@@ -19,9 +19,9 @@ from torch import Tensor
 from common.errors import ConfigError
 from common.norms import spectral_norm
 from compress.adapters import Adapter, adapter_for
-from compress.grams import Moments
-from compress.statistics import collect
-from compress.streams import Streams
+from compress.statistics.collect import collect
+from compress.statistics.grams import Moments
+from compress.statistics.streams import Streams
 from compress.targets import Problem, Target
 from compress.unlearning.edits import Classes, Edit, Strength, edit
 from compress.unlearning.recovery import recover

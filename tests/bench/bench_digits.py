@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from common.images import Images, load_digits
 from compress.adapters import Adapter, SequentialAdapter
 from compress.compensate import METHODS
-from compress.fidelity import SCORES
 from compress.pruner import prune_model
+from compress.scoring.fidelity import SCORES
 from compress.settings import CompressConfig
 
 KEEPS = (0.5, 0.25, 0.125, 0.0625)

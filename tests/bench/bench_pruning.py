@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from compress.adapters import adapter_for
-from compress.fidelity import rank
-from compress.statistics import collect
+from compress.scoring.fidelity import rank
+from compress.statistics.collect import collect
 from compress.targets import Problem
 
 GRAM_PASS = 1.5

@@ -15,7 +15,7 @@ from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from common.tokenizer import ByteTokenizer
 from common.tracking import is_declared
 from compress.app import compress as command
-from compress.statistics import split_held
+from compress.statistics.collect import split_held
 from solvers.bounds import certify, verify
 
 CONF = Path(__file__).parents[2] / "conf" / "compress"

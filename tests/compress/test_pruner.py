@@ -6,10 +6,10 @@ import torch
 from common.errors import ConfigError
 from common.models.config import ACTIVATIONS
 from compress.adapters import adapter_for
-from compress.allocate import ALLOCATORS
+from compress.budgets.allocate import ALLOCATORS
+from compress.deviation.text import measure_deviation
 from compress.pruner import prune_model, survey
 from compress.settings import ORDERS, CompressConfig
-from compress.text_deviation import measure_deviation
 from solvers.bounds import certify
 
 SINGLE = 1e-6

@@ -18,10 +18,10 @@ from common.reporting.study import study as study_section
 from common.tokenizer import ByteTokenizer
 from common.tracking import is_declared
 from compress.compensate import METHODS
-from compress.fidelity import SCORES
 from compress.flops import token_flops
 from compress.measure import Reference
 from compress.pruner import prune_model
+from compress.scoring.fidelity import SCORES
 from compress.settings import CompressConfig
 from compress.study import Study
 from compress.study_app import study as command

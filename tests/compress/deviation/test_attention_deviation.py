@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.attention_deviation import attention_delta
+from compress.deviation.attention import attention_delta
 from solvers.bounds.ellipsoid import Ellipsoid, Tokens
 
 TIGHT = 1.02

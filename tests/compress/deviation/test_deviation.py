@@ -8,11 +8,11 @@ import torch
 
 from common.errors import CertificateError
 from common.models.config import ACTIVATIONS
-from compress.deviation import certified_deviation
+from compress.deviation.network import certified_deviation
+from compress.deviation.text import measure_deviation
 from compress.pruner import prune_model
 from compress.record import make_report
 from compress.settings import CompressConfig
-from compress.text_deviation import measure_deviation
 from solvers.bounds import TightenSettings, certify
 
 LAYOUT = {"heads": 4, "kv_heads": 2, "content_heads": 2}

@@ -5,7 +5,7 @@ import torch
 
 from common.models.config import ACTIVATIONS
 from compress.compensate import METHODS
-from compress.mlp_deviation import branch_bound, mlp_delta
+from compress.deviation.mlp import branch_bound, mlp_delta
 
 TIGHT = 1.02
 """A linear branch without biases has an exact answer; the bound may exceed it by rounding only."""

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from common.errors import CertificateError
-from compress import text_deviation
 from compress.adapters import LipschitzAdapter
-from compress.deviation import certified_deviation
-from compress.text_deviation import expected_est, measure_deviation, text_bounds
+from compress.deviation import text as text_deviation
+from compress.deviation.network import certified_deviation
+from compress.deviation.text import expected_est, measure_deviation, text_bounds
 from solvers.bounds import certify
 
 LAYOUT = {"heads": 4, "kv_heads": 2, "content_heads": 2}

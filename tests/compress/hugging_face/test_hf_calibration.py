@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.calibration import calibration_tokens, sampled_tokens
+from compress.statistics.calibration import calibration_tokens, sampled_tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -13,8 +13,8 @@ from torch import Tensor
 from common import files
 from common.errors import BundleError, ConfigError, LipError
 from compress.adapters import adapter_for
-from compress.hf_checkpoint import is_hf, is_ordinary, load_hf, save_hf
-from compress.hf_manifest import MANIFEST
+from compress.checkpoints.checkpoint import is_hf, is_ordinary, load_hf, save_hf
+from compress.checkpoints.manifest import MANIFEST
 from compress.pruner import prune_model
 from compress.settings import CompressConfig
 

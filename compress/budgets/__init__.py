@@ -1,0 +1,1 @@
+"""How much has to go, and from which place."""

@@ -1,0 +1,1 @@
+"""Checkpoints of ``transformers``: ordinary ones, and pruned ones with a manifest."""

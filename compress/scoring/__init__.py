@@ -1,0 +1,1 @@
+"""Which components go first: scores, exact elimination, subset fidelity."""

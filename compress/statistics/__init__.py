@@ -1,0 +1,1 @@
+"""Second moments of activations, and the inputs they are taken on."""
