@@ -14,7 +14,7 @@ from compress.adapters import Adapter, adapter_for
 from compress.budgets.budget import Candidate, share
 from compress.budgets.clock import StageClock
 from compress.fit import Fit, fit_target, make_problem
-from compress.hold import hold_bound
+from compress.hold import fit_within
 from compress.scoring.fidelity import Ranking, rank
 from compress.settings import CompressConfig
 from compress.statistics.collect import Statistics, collect
@@ -194,6 +194,26 @@ def prune_model(
         found = survey(adapter, inputs, settings)
     targets = chosen_targets(adapter, settings)
     counts = share_budget(adapter, targets, inputs, settings, found=found, gains=gains)
+
+    def prune_at(tau: float) -> Pruning:
+        capped = dataclasses.replace(settings, tau=tau)
+        return _prune(adapter, targets, inputs, counts, capped, found)
+
+    comp = settings.comp_for(certifiable=adapter.certifiable)
+    if adapter.certifiable and comp == "lsq_capped" and settings.tau == 1:
+        return fit_within(model, prune_at)
+    return prune_at(settings.tau)
+
+
+def _prune(
+    adapter: Adapter,
+    targets: Sequence[Target],
+    inputs: Tensor,
+    counts: Mapping[str, int],
+    settings: CompressConfig,
+    found: Survey | None,
+) -> Pruning:
+    """Refit and cut for counts that are decided."""
     copy = adapter.working_copy()
     if settings.order == "one_shot":
         assert found is not None
@@ -202,10 +222,6 @@ def prune_model(
     else:
         fits = _fit_in_order(copy, targets, inputs, counts, settings)
     pruned = copy.cut({fit.target.name: fit.kept_K for fit in fits})
-    comp = settings.comp_for(certifiable=adapter.certifiable)
-    is_smaller = any(len(fit.kept_K) < fit.target.inputs for fit in fits)
-    if adapter.certifiable and comp == "lsq_capped" and settings.tau <= 1 and is_smaller:
-        hold_bound(model, pruned, targets)
     return Pruning(model=pruned, fits=tuple(fits))
 
 

@@ -31,7 +31,8 @@ class CompressConfig:
         comp: How the kept weights make up for the removed ones: name in ``compensate.METHODS``,
             or ``auto``: ``lsq_capped`` where there is a certificate to keep, else ``lsq``.
         tau: Cap of ``lsq_capped``: allowed growth of the product of a block's two spectral
-            norms; 1 keeps the block's naive constant, ``inf`` lifts the cap.
+            norms; ``inf`` lifts the cap. At 1 the naive bound of the whole network does not grow,
+            and what removed heads free of it goes to the caps.
         bias: Let the biases of the pruned maps, where there are any, absorb the mean of what is
             removed.
         allocation: How layers share the budget; name in ``allocate.ALLOCATORS``.

@@ -1,10 +1,14 @@
 """The whole network's naive bound does not grow under caps, biases or not."""
 
+import dataclasses
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from common.models import LipschitzMLP
-from compress.hold import SHRINKS, hold_bound
+from compress.hold import SHRINKS, fit_within, hold_bound
 from compress.pruner import prune_model
 from compress.settings import CompressConfig
 from solvers.bounds import certify
@@ -65,3 +69,36 @@ def test_what_cannot_be_held_is_said(make_model, caplog):
     assert hold_bound(model, grown, [fit.target for fit in pruning.fits]) == 0.0
     assert "biases outweigh" in caplog.text
     assert torch.equal(grown.layers[0].mlp.down.weight, before)
+
+
+def test_slack_of_the_whole_bound_goes_to_the_caps(make_model):
+    """Oracle: without heads the bound has room; the fit is then closer, the bound still held."""
+    closer = 0
+    for seed in range(4):
+        model = make_model("relu", heads=4, width=16, seed=seed).float()
+        settings = CompressConfig(keep=0.5, keep_heads=0.5, ridge=1e-4)
+        used = prune_model(model, TOKENS, settings)
+        narrow = prune_model(model, TOKENS, dataclasses.replace(settings, tau=1 - 1e-9))
+        before, after = (certify(each, tighten=False).naive for each in (model, used.model))
+        assert after <= before
+        errors = [sum(fit.error for fit in each.fits) for each in (used, narrow)]
+        assert errors[0] <= errors[1] * 1.01
+        closer += errors[0] < 0.99 * errors[1]
+    assert closer
+
+
+def test_the_search_stops_below_the_limit(make_model):
+    """Oracle: a family of models whose bound grows with tau, the limit at a known one."""
+    dense, asked = make_model("relu"), []
+
+    def prune_at(tau):
+        asked.append(tau)
+        model = make_model("relu")
+        with torch.no_grad():
+            model.head.weight *= min(tau, 10.0) / 2.5
+        return SimpleNamespace(model=model, fits=())
+
+    best = fit_within(dense, prune_at)
+    assert asked[:2] == [1.0, math.inf]
+    scale = float((best.model.head.weight / dense.head.weight).detach().mean())
+    assert 0.7 < scale <= 1.0
