@@ -118,6 +118,8 @@ def _metrics(dense: Bundle, pruned: Bundle, report: PruneReport) -> dict[str, fl
     model: Any = report.pruning.model
     fits = report.pruning.fits
     flops = report.size["flops_per_token"]["model"]
+    rounds = report.settings.rounds
+    times = speeds(dense.model, model, rounds)
     return {
         "compress/removed_fraction": report.removed_fraction,
         "compress/mlp_neurons_removed": report.pruning.removed("mlp"),
@@ -126,8 +128,8 @@ def _metrics(dense: Bundle, pruned: Bundle, report: PruneReport) -> dict[str, fl
         "compress/params_before": dense.model.num_parameters,
         "compress/flops_fraction": flops["after"] / flops["before"],
         "compress/bundle_bytes": _weight_bytes(pruned.path) / _weight_bytes(dense.path),
-        "compress/mlp_speedup": mlp_speedup(dense.model, model),
-        **{f"compress/{name}": ratio for name, ratio in speeds(dense.model, model).items()},
+        "compress/mlp_speedup": mlp_speedup(dense.model, model, rounds=rounds),
+        **{f"compress/{name}": ratio for name, ratio in times.items()},
         "compress/fidelity": 1 - sum(fit.held_error for fit in fits) / len(fits),
         "compress/top1_agreement": report.top1_agreement,
         "compress/certified_top1": report.certified_top1,

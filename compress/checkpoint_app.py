@@ -55,7 +55,7 @@ def compress_checkpoint(cfg: DictConfig, settings: CompressConfig, run: Run) -> 
         settings.calibration, dense, count, length, seed=settings.seed, corpus=corpus
     )
     pruning = prune_model(dense, tokens_NT, settings)
-    metrics = _metrics(dense, pruning, tokens_NT)
+    metrics = _metrics(dense, pruning, tokens_NT, settings)
     objective = 1 - metrics["compress/fidelity"]
     if corpus is not None:
         windows_BT = corpus.windows("val", length, max(1, settings.eval_tokens // length))
@@ -99,10 +99,15 @@ def _record(
     }
 
 
-def _metrics(dense: Any, pruning: Pruning, tokens_NT: Tensor) -> dict[str, float]:
+def _metrics(
+    dense: Any, pruning: Pruning, tokens_NT: Tensor, settings: CompressConfig
+) -> dict[str, float]:
     batch_BT = batches(tokens_NT)[0].to(dense.device)
     speed = compare(
-        lambda: dense(batch_BT), lambda: pruning.model(batch_BT), device=dense.device, rounds=5
+        lambda: dense(batch_BT),
+        lambda: pruning.model(batch_BT),
+        device=dense.device,
+        rounds=settings.rounds,
     )
     before, after = (
         sum(tensor.numel() for tensor in model.parameters()) for model in (dense, pruning.model)

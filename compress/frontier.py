@@ -54,7 +54,7 @@ def frontier_points(
             tighten=False,
         )
         quality = reference.quality(pruning.model)
-        points.append(frontier_point(other, quality, speeds(dense, pruning.model)))
+        points.append(frontier_point(other, quality, speeds(dense, pruning.model, settings.rounds)))
     return points
 
 
@@ -89,14 +89,15 @@ def frontier_point(
     }
 
 
-def speeds(dense: Any, pruned: Any) -> dict[str, float]:
+def speeds(dense: Any, pruned: Any, rounds: int) -> dict[str, float]:
     """Return how many times faster a forward pass and a decode step have become (measured).
 
     Args:
         dense: Transformer before pruning.
         pruned: After pruning.
+        rounds: Pairs of measurements.
     """
     return {
-        "forward_speedup": forward_speed(dense, pruned).ratio,
-        "decode_speedup": decode_speed(dense, pruned).ratio,
+        "forward_speedup": forward_speed(dense, pruned, rounds=rounds).ratio,
+        "decode_speedup": decode_speed(dense, pruned, rounds=rounds).ratio,
     }

@@ -48,6 +48,7 @@ class CompressConfig:
         length: Tokens per calibration sequence; the model's context by default.
         holdout: Fraction of the calibration sequences that measures the error only.
         eval_tokens: Validation tokens for bits per byte and measured deviations.
+        rounds: Paired timings behind each measured speed.
         frontier: Further values of ``keep``, evaluated one-shot for the report.
         seed: Draws the calibration sequences and the ``random`` score.
     """
@@ -69,6 +70,7 @@ class CompressConfig:
     length: int | None = None
     holdout: float = 0.1
     eval_tokens: int = 16384
+    rounds: int = 15
     frontier: tuple[float, ...] = ()
     seed: int = 0
 
@@ -92,7 +94,7 @@ class CompressConfig:
             within("compress.ridge", self.ridge, 0.0, 1.0)
         within("compress.min_keep", self.min_keep, 0.0, 1.0)
         within("compress.holdout", self.holdout, 0.0, 0.5)
-        for name in ("align", "tokens", "eval_tokens"):
+        for name in ("align", "tokens", "eval_tokens", "rounds"):
             positive(f"compress.{name}", getattr(self, name))
         if self.length is not None:
             positive("compress.length", self.length)

@@ -79,4 +79,4 @@ def test_the_main_run_gives_the_same_columns(frontier):
     assert set(point) == set(points[0])
     assert (point["keep"], point["order"], point["forward_speedup"]) == (0.5, "sequential", 1.5)
     assert point["heads_removed"] == 0
-    assert set(speeds(dense, report.pruning.model)) == set(times)
+    assert set(speeds(dense, report.pruning.model, 1)) == set(times)
