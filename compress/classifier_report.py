@@ -215,9 +215,10 @@ def _flops(model: Any) -> float:
 
 
 def _check_order(seen: Seen, certified: float) -> None:
+    bound = seen.bound_N.new_tensor(certified).float()
     for low, high, names in (
         (seen.logits_N, seen.bound_N, "measured deviation above the bound for its image"),
-        (seen.bound_N.max(), torch.tensor(certified), "bound for an image above that for all"),
+        (seen.bound_N.max(), bound, "bound for an image above that for all"),
     ):
         if bool((low > high * (1 + AGREEMENT) + AGREEMENT * seen.size).any()):
             raise CertificateError(

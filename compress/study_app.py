@@ -18,8 +18,8 @@ from common.runs import Outcome, Run, hydra_command
 from compress.app import texts
 from compress.record import check_model, require_certificate
 from compress.settings import CompressConfig
-from compress.study import FILE, Study
-from compress.study_config import StudyConfig
+from compress.study.config import StudyConfig
+from compress.study.table import FILE, Study
 
 SHOWN = 4
 """Best rows per budget in the terminal, besides the default and the rotation."""

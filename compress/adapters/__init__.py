@@ -9,6 +9,7 @@ from common.models import LipschitzMLP, LipschitzTransformer
 from compress.adapters.base import Adapter as Adapter
 from compress.adapters.base import Stage as Stage
 from compress.adapters.base import captured as captured
+from compress.adapters.base import evaluating as evaluating
 from compress.adapters.base import rows_of as rows_of
 from compress.adapters.classifier import ClassifierAdapter as ClassifierAdapter
 from compress.adapters.hugging_face import decoder_adapter, is_transformers_model

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.norms import spectral_norm
 from compress.targets import Target
@@ -40,6 +41,9 @@ class Adapter(ABC):
 
     certifiable = False
     """Whether ``cap`` and ``bounded`` protect a Lipschitz certificate of the model."""
+
+    reach = 1
+    """Consecutive stages, a target's own the last one, whose maps narrow with its components."""
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
@@ -96,6 +100,23 @@ class Adapter(ABC):
         if bias_O is not None:
             module.bias.copy_(bias_O)
 
+    @torch.no_grad()
+    def flops(self, batch: Tensor) -> float:
+        """Return the operations of the whole model per token or image, as ``Target`` counts them.
+
+        Args:
+            batch: Model inputs (N, ...), at least one, of which only the shape is used.
+        """
+        one = self.inputs(batch[:1])
+        with evaluating(self.model), FlopCounterMode(display=False) as counter:
+            self.model(one)
+        return float(counter.get_total_flops())
+
+    def inputs(self, batch: Tensor) -> Tensor:
+        """Return a batch on the model's device; images in its type."""
+        like = next(self.model.parameters())
+        return batch.to(like) if batch.is_floating_point() else batch.to(like.device)
+
     @property
     def normalises(self) -> bool:
         """Whether the model holds normalisation statistics that ``recalibrate`` estimates."""
@@ -136,6 +157,19 @@ class Adapter(ABC):
     def find(self, name: str) -> Target:
         """Return a target by its name."""
         return next(target for target in self.targets() if target.name == name)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and the estimation of statistics off while the block runs."""
+    training = [child for child in module.modules() if child.training]
+    for child in training:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
 
 
 class _Reached(Exception):

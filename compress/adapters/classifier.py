@@ -22,6 +22,7 @@ class ClassifierAdapter(Adapter):
     """A ``LipschitzMLP``: the inputs of every matrix but the first can go."""
 
     certifiable = True
+    reach = 2
 
     def targets(self) -> tuple[Target, ...]:
         """Return every hidden layer."""
@@ -39,9 +40,13 @@ class ClassifierAdapter(Adapter):
             for index in range(1, len(sizes) - 1)
         )
 
+    def inputs(self, batch: Tensor) -> Tensor:
+        """Return flat images (N, I) on the device and in the type of the model."""
+        return super().inputs(batch).flatten(1)
+
     def start(self, batch: Tensor) -> Tensor:
-        """Return flat images (N, I) in the device and type of the model."""
-        return batch.to(self.model.linears[0].weight).flatten(1)
+        """Return flat images (N, I) on the device and in the type of the model."""
+        return self.inputs(batch)
 
     def stages(self) -> tuple[Stage, ...]:
         """Return one matrix after the other, each with its activation."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ShapeError
-from compress.adapters.base import Adapter, Stage
+from compress.adapters.base import Adapter, Stage, evaluating
 from compress.adapters.linear import inputs_of, narrowed, weight_view
 from compress.adapters.places import LayerShape, Place, check_maps, check_place
 from compress.targets import Target
@@ -127,6 +127,16 @@ class DecoderAdapter(Adapter):
         if bias_O is not None:
             module.bias.copy_(bias_O)
 
+    def flops(self, batch: Tensor) -> float:
+        """Return the operations per token; those of attention for ``ATTENDED`` tokens of context.
+
+        Args:
+            batch: Not looked at.
+        """
+        head = self.model.get_output_embeddings()
+        outputs = 0.0 if head is None else 2.0 * head.weight.numel()
+        return outputs + sum(target.flops * target.components for target in self._targets)
+
     @torch.no_grad()
     def start(self, batch: Tensor) -> Stream:
         """Return the embedded tokens and the arguments that the model passes to its layers.
@@ -146,7 +156,7 @@ class DecoderAdapter(Adapter):
         found: list[Any] = []
         tokens_BT = batch.to(self.decoder.get_input_embeddings().weight.device)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_evaluating(self.decoder))
+            stack.enter_context(evaluating(self.decoder))
             for layer in self.layers:
                 stack.enter_context(_replaced(layer, self._recorder(layer.forward, found)))
             self.decoder(input_ids=tokens_BT, use_cache=False)
@@ -256,7 +266,7 @@ class DecoderAdapter(Adapter):
     def _run(self, index: int, stream: Stream) -> Stream:
         args, kwargs = stream.calls[index]
         layer = self.layers[index]
-        with _evaluating(layer):
+        with evaluating(layer):
             output = layer(stream.hidden_BTC, *args, **kwargs)
         return stream._replace(hidden_BTC=output[0] if isinstance(output, tuple) else output)
 
@@ -273,19 +283,6 @@ def _is_admitted(config: Any, values: Mapping[str, int]) -> bool:
     except Exception:  # every version of transformers has its own
         return False
     return True
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off while the block runs."""
-    training = [child for child in module.modules() if child.training]
-    for child in training:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from common.certificate import Certificate
 from common.models import LayerConfig, LipschitzTransformer, ModelConfig
 from common.norms import spectral_norm
 from compress.adapters.base import Adapter, Stage
+from compress.flops import token_flops
 from compress.targets import Target
 
 HALVINGS = 30
@@ -37,6 +38,14 @@ class LipschitzAdapter(Adapter):
             if layer.mlp_residual:
                 found.append(_mlp_target(config, layer, index))
         return tuple(found)
+
+    def flops(self, batch: Tensor) -> float:
+        """Return the operations per token of a forward pass over the whole context.
+
+        Args:
+            batch: Not looked at.
+        """
+        return token_flops(self.model.config)
 
     def start(self, batch: Tensor) -> Tensor:
         """Return the embedded sequences (B, T, C) of tokens (B, T)."""

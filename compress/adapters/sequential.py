@@ -44,6 +44,8 @@ class SequentialAdapter(Adapter):
         ConfigError: for a layer that pruning would not see through.
     """
 
+    reach = 2
+
     def __init__(self, model: nn.Module, example: Tensor | None = None):
         super().__init__(model)
         self.example = None if example is None else example[:1]
@@ -85,7 +87,7 @@ class SequentialAdapter(Adapter):
 
     def start(self, batch: Tensor) -> Tensor:
         """Return the images in the device and type of the model."""
-        return batch.to(next(self.model.parameters()))
+        return self.inputs(batch)
 
     def stages(self) -> tuple[Stage, ...]:
         """Return each map with the channelwise layers behind it."""

@@ -24,7 +24,7 @@ WARM_UPS = 10
 ROUNDS = 50
 
 Seconds = Callable[[Target, int], float]
-"""Times one run of the target's pair of maps with so many components kept."""
+"""Times one run of the stages that narrow with the target, with so many components kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,19 +1,23 @@
-"""What a model costs before pruning, and how long one of its blocks takes at other widths.
+"""What a model costs before pruning, and how long its stages take at other widths.
 
-The seconds are measurements on the device at hand, of the stage that holds a place, cut to the
-width in question, on the first calibration batch.
+The seconds are measurements on the device at hand, of the stages whose maps narrow with a place,
+cut to the width in question, on the first calibration batch.
 """
 
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from compress.adapters import Adapter, Stage, adapter_for
+from compress.adapters import Adapter, Stage, adapter_for, evaluating
 from compress.statistics.collect import batches
 from compress.targets import Target, block_indices
+
+RUNS = 10
+"""Runs of the whole model, whose median counts."""
 
 
 class StageClock:
@@ -26,8 +30,8 @@ class StageClock:
 
     def __init__(self, adapter: Adapter, inputs: Tensor):
         self.adapter = adapter
-        self.batch = batches(inputs)[0]
-        self._stages: dict[tuple[str, int], Stage] = {}
+        self.batch = adapter.inputs(batches(inputs)[0])
+        self._stages: dict[tuple[str, int], Sequence[Stage]] = {}
         self._streams: dict[str, Any] = {}
 
     def total(self, kind: str) -> float:
@@ -40,36 +44,37 @@ class StageClock:
         if kind == "params":
             return float(sum(tensor.numel() for tensor in self.adapter.model.parameters()))
         if kind == "flops":
-            one = self.batch[:1]
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                self.adapter.model(one)
-            is_text = not one.is_floating_point()
-            return counter.get_total_flops() / (one.numel() if is_text else 1)
-        runs = sorted(self._timed(lambda: self.adapter.model(self.batch)) for _ in range(10))
-        return runs[len(runs) // 2]
+            return self.adapter.flops(self.batch)
+        with evaluating(self.adapter.model):
+            return statistics.median(
+                self._timed(lambda: self.adapter.model(self.batch)) for _ in range(RUNS)
+            )
 
     def seconds(self, target: Target, kept: int) -> float:
-        """Return the time of one run of a target's stage with its first components kept."""
+        """Return the time of one run of a target's stages with its first components kept."""
         key = (target.name, kept)
         if key not in self._stages:
             inputs = block_indices(torch.arange(kept), target.unit)
-            narrow = adapter_for(self.adapter.cut({target.name: inputs}))
-            self._stages[key] = _stage_of(narrow, target)
-            self._streams.setdefault(target.name, self._entering(target))
-        stage, stream = self._stages[key], self._streams[target.name]
-        return self._timed(lambda: stage.run(stream))
+            narrow = adapter_for(self.adapter.cut({target.name: inputs}), self.batch)
+            before = self._before(target)
+            self._stages[key] = narrow.stages()[before : before + self.adapter.reach]
+            if target.name not in self._streams:
+                self._streams[target.name] = self._entering(before)
+        stages, stream = self._stages[key], self._streams[target.name]
+        return self._timed(lambda: _through(stages, stream))
+
+    def _before(self, target: Target) -> int:
+        """Return the number of stages before those that narrow with a target."""
+        stages = self.adapter.stages()
+        own = next(i for i, stage in enumerate(stages) if target.name in stage.targets)
+        return own + 1 - self.adapter.reach
 
     @torch.no_grad()
-    def _entering(self, target: Target) -> Any:
-        stream = self.adapter.start(self.batch)
-        for stage in self.adapter.stages():
-            if target.name in stage.targets:
-                break
-            stream = stage.run(stream)
-        return stream
+    def _entering(self, before: int) -> Any:
+        return _through(self.adapter.stages()[:before], self.adapter.start(self.batch))
 
     @torch.no_grad()
-    def _timed(self, work: Any) -> float:
+    def _timed(self, work: Callable[[], Any]) -> float:
         is_cuda = next(self.adapter.model.parameters()).is_cuda
         if is_cuda:
             torch.cuda.synchronize()
@@ -80,5 +85,7 @@ class StageClock:
         return time.perf_counter() - began
 
 
-def _stage_of(adapter: Adapter, target: Target) -> Stage:
-    return next(stage for stage in adapter.stages() if target.name in stage.targets)
+def _through(stages: Sequence[Stage], stream: Any) -> Any:
+    for stage in stages:
+        stream = stage.run(stream)
+    return stream

@@ -6,8 +6,6 @@ reports name. Sampling from the model needs no data at all.
 
 # Legend: B sequences at a time, N all sequences, T tokens, V vocabulary.
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from common.config import one_of, positive
 from common.corpus import Corpus
 from common.errors import ConfigError
 from common.models import LipschitzTransformer
+from compress.adapters import evaluating
 from compress.decoding import KVCache
 from compress.statistics.grams import sums_device
 
@@ -87,7 +86,7 @@ def sampled_tokens(model: Any, count: int, length: int, seed: int = 0) -> Tensor
     # One number for the discarded token, then one per token.
     noise_NT = torch.rand(count, length + 1, generator=generator, dtype=torch.float64)
     at_once = max(1, CACHE_NUMBERS // (length * _numbers_per_token(model)))
-    with _evaluating(model):
+    with evaluating(model):
         return torch.cat([_sample(model, noise_BT) for noise_BT in noise_NT.split(at_once)])
 
 
@@ -128,18 +127,6 @@ def image_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     axes = (0, *range(2, images.dim()))
     std, mean = torch.std_mean(images.double(), dim=axes, correction=0, keepdim=True)
     return mean[0].float(), std[0].float()
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off, and every module back to its mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 def _sample(model: Any, noise_BT: Tensor) -> Tensor:

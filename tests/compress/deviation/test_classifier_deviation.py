@@ -172,6 +172,23 @@ def test_proved_classes_stay():
     assert report.certified_top1 <= report.images_top1
 
 
+@pytest.mark.parametrize("activation", MLP_ACTIVATIONS)
+def test_bounds_that_every_image_reaches_are_not_refuted(activation):
+    """Oracle: a first matrix of 0; the change is one constant, so both bounds are its size."""
+    for seed in range(4):
+        model = make(activation, dtype=torch.float32, seed=seed)
+        with torch.no_grad():
+            model.linears[0].weight.zero_()
+            model.linears[0].bias.abs_()
+        settings = CompressConfig(keep=0.5, comp="none")
+        pruning = prune_model(model, pixels(dtype=torch.float32), settings)
+        proof = certify_classifier(model, tighten=False)
+        report = classifier_report(model, pruning, labelled(model), proof, settings)
+        first, most = report.semi_empirical_deviation, report.certified_deviation
+        assert 0 < first <= most * (1 + 1e-9)
+        assert most <= first * (1 + 1e-3)
+
+
 def test_measurements_above_a_bound_refute_it():
     """Oracle: norms that are far too small."""
     model = make("relu", dtype=torch.float32)

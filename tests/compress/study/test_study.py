@@ -23,13 +23,13 @@ from compress.measure import Reference
 from compress.pruner import prune_model
 from compress.scoring.fidelity import SCORES
 from compress.settings import CompressConfig
-from compress.study import Study
+from compress.study.config import Case, StudyConfig, cases
+from compress.study.table import Study
+from compress.study.verdict import TIE, mark
 from compress.study_app import study as command
-from compress.study_config import Case, StudyConfig, cases
-from compress.verdict import TIE, mark
 from solvers.bounds import certify
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = Path(__file__).parents[3] / "conf"
 SMALL = {
     "keeps": (0.5,),
     "heads": (0.5,),

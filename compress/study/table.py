@@ -29,14 +29,14 @@ from compress.fit import make_problem
 from compress.flops import token_flops
 from compress.measure import Reference
 from compress.pruner import Survey, prune_model
-from compress.rotation import directions, slice_width, width_for
 from compress.scoring.fidelity import rank
 from compress.settings import CompressConfig
 from compress.statistics.collect import Statistics, collect
-from compress.study_config import DEFAULT, KINDS, ROTATION, Case, StudyConfig
-from compress.study_config import cases as grid
+from compress.study.config import DEFAULT, KINDS, ROTATION, Case, StudyConfig
+from compress.study.config import cases as grid
+from compress.study.rotation import directions, slice_width, width_for
+from compress.study.verdict import mark
 from compress.timing import decode_speed, forward_speed
-from compress.verdict import mark
 from solvers.bounds import certify
 
 log = logging.getLogger(__name__)

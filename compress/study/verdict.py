@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.study_config import ROTATION
+from compress.study.config import ROTATION
 
 KEPT = 1e-6
 """Relative growth of the naive constant up to which a certificate counts as kept: rounding."""

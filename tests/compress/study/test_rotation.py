@@ -5,7 +5,7 @@ import torch
 
 from common.errors import ConfigError
 from common.models import LipschitzTransformer
-from compress.rotation import directions, slice_width, width_for
+from compress.study.rotation import directions, slice_width, width_for
 from solvers.bounds import certify
 
 
