@@ -215,7 +215,7 @@ def _flops(model: Any) -> float:
 
 
 def _check_order(seen: Seen, certified: float) -> None:
-    bound = seen.bound_N.new_tensor(certified).float()
+    bound = seen.bound_N.new_tensor(certified)
     for low, high, names in (
         (seen.logits_N, seen.bound_N, "measured deviation above the bound for its image"),
         (seen.bound_N.max(), bound, "bound for an image above that for all"),
