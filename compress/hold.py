@@ -53,7 +53,8 @@ def fit_within(dense: Any, prune_at: Callable[[float], Any]) -> Any:
             low, best = middle, candidate
         else:
             high = middle
-    log.info("caps raised to %.3g times the blocks' own norms: the whole bound allows it", low)
+    if low > 1:
+        log.info("caps raised to %.3g times the blocks' norms: the whole bound allows it", low)
     return best
 
 
