@@ -122,6 +122,8 @@ def test_accounting_is_exact(make_decoder, family):
     assert mlp.flops == (4 if family == "gpt2" else 6) * width
     projections = 4 * width * head_dim * (group + 1)
     assert heads.flops == projections + 2 * attended * head_dim * group
+    wholes = sum(target.flops * target.components for target in adapter.targets())
+    assert adapter.flops(torch.zeros(1, 1)) == wholes + 2 * 40 * width
     assert (heads.name, mlp.name) == ("model.layers.0.heads", "model.layers.0.mlp")
     assert (heads.unit, heads.components, mlp.unit, mlp.components) == (
         group * head_dim,
