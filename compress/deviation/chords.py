@@ -20,6 +20,8 @@ CURVATURE = 0.81
 """Bound on |phi''| of all smooth activations before division (GELU: 0.7979 at 0; tanh: 0.7698)."""
 NEAR = 1e-2
 """Reach below which a Taylor bound replaces the grid, whose quotients would lose digits."""
+FAR = 64.0
+"""Resting points beyond it have the slopes of those at it."""
 WIDEN = 1e-8
 """Outward widening: above the rounding of quotients on a grid of at least NEAR / GRID."""
 
@@ -59,7 +61,8 @@ def _relu(rest_N: Tensor, reach_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _smooth(layer: LayerConfig, rest_N: Tensor, reach_N: Tensor) -> tuple[Tensor, Tensor]:
-    rest = rest_N.clone().requires_grad_()
+    # Farther out slopes stand still to 1e-20, and exponentials overflow.
+    rest = rest_N.clamp(-FAR, FAR).requires_grad_()
     with torch.enable_grad():
         (slope_N,) = torch.autograd.grad(apply(rest, layer).sum(), rest)
     share = layer.gelu_divisor if layer.activation in DIVIDED else 1.0

@@ -71,6 +71,17 @@ def test_linear_reach_gives_a_point():
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "tanh"])
+def test_neurons_far_out_are_linear(activation):
+    """Oracle: the limits of the slopes, where exponentials of the resting point overflow."""
+    rest = torch.tensor([-800.0, -1e5, 800.0, 1e5], dtype=torch.float64)
+    ends = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    share = 1.1289 if activation in DIVIDED else torch.inf
+    for reach in (1e-3, 5.0):
+        for bound in chord_interval(layer(activation), rest, torch.full((4,), reach).double()):
+            torch.testing.assert_close(bound, ends / share, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "tanh"])
 def test_curvature_constant_bounds_the_second_derivative(activation):
     """Oracle: automatic differentiation on a fine grid."""
     z = torch.linspace(-8, 8, 100001, dtype=torch.float64, requires_grad=True)
