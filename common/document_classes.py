@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from common.corpus_config import DataConfig
+from common.corpus_config import CONTINUOUS, DataConfig
 from common.documents import documents
 from common.errors import DataError
-from common.packing import hold_out
+from common.packing import ended, held_documents, hold_out
 from common.sources import HUB_CORPORA, Files, Hub, local_files, stdlib_files
 
 SUGGESTED = 5
@@ -101,37 +101,29 @@ def _source(config: DataConfig) -> Files | Hub:
 
 def _files(source: Files, texts: Sequence[bytes], config: DataConfig, name: str) -> DocumentClasses:
     """Divide whole files; empty ones are no documents."""
-    paths = [path for path in source.paths if path.stat().st_size]
+    is_text = config.source != "bytes"
+    texts = ended(texts) if is_text else texts
+    names = [p.relative_to(source.root).as_posix() for p in source.paths if p.stat().st_size]
     # A limit on bytes ends the documents early.
-    named = {
-        path.relative_to(source.root).as_posix(): _ended(text)
-        for path, text in zip(paths, texts, strict=False)
-    }
+    named = dict(zip(names, texts, strict=False))
     chosen = _matching(named, name)
-    train, held, rule = hold_out(
-        texts,
-        config.val_fraction,
-        whole_documents=config.source != "bytes",
-        is_text=config.source != "bytes",
-    )
+    share, is_whole = config.val_fraction, config.source not in CONTINUOUS
+    train, _, rule = hold_out(texts, share, whole_documents=is_whole, is_text=is_text)
+    held = held_documents(texts, share) if is_whole else set()
     parts: dict[tuple[bool, bool], list[bytes]] = {
         (is_chosen, is_held): [] for is_chosen in (True, False) for is_held in (True, False)
     }
-    is_cut = train + held == b"".join(named.values())
     start = 0
-    for path, text in named.items():
-        seen = len(text) if text not in held else 0
-        if is_cut:
+    for index, (path, text) in enumerate(named.items()):
+        if held:
+            seen = 0 if index in held else len(text)
+        else:
             seen = min(max(len(train) - start, 0), len(text))
         parts[path in chosen, False].append(text[:seen])
         parts[path in chosen, True].append(text[seen:])
         start += len(text)
     joined = {key: b"".join(pieces) for key, pieces in parts.items()}
     return _classes(joined, rule, config.val_fraction)
-
-
-def _ended(text: bytes) -> bytes:
-    return text if text.endswith(b"\n") else text + b"\n"
 
 
 def _matching(named: Mapping[str, bytes], name: str) -> set[str]:

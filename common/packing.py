@@ -29,24 +29,43 @@ def hold_out(
     Returns:
         Training bytes, validation bytes, and the rule in words.
     """
-    if len(texts) > 1 and is_text:
-        texts = [text if text.endswith(b"\n") else text + b"\n" for text in texts]
-    total = sum(map(len, texts))
-    wanted, held, used = share * total, set[int](), 0
-    for index in sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i]).digest()):
-        if whole_documents and used + len(texts[index]) <= wanted:
-            held.add(index)
-            used += len(texts[index])
-    if held and used >= wanted / 2:
+    if is_text:
+        texts = ended(texts)
+    if whole_documents and (held := held_documents(texts, share)):
         train = b"".join(text for index, text in enumerate(texts) if index not in held)
         val = b"".join(text for index, text in enumerate(texts) if index in held)
         return train, val, f"{len(held)} of {len(texts)} documents held out"
     whole = b"".join(texts)
-    cut = total - max(1, round(wanted))
+    cut = len(whole) - max(1, round(share * len(whole)))
     # Not inside a UTF-8 character: its continuation bytes start with the bits 10.
     while is_text and cut > 0 and whole[cut] & 0xC0 == 0x80:
         cut -= 1
     return whole[:cut], whole[cut:], f"the last {100 * share:g} % of the text held out"
+
+
+def ended(texts: Sequence[bytes]) -> Sequence[bytes]:
+    """Return documents as they are joined: each ends with a newline if they are several."""
+    if len(texts) == 1:
+        return texts
+    return [text if text.endswith(b"\n") else text + b"\n" for text in texts]
+
+
+def held_documents(texts: Sequence[bytes], share: float) -> set[int]:
+    """Return which documents are held out whole, in the order of their hashes.
+
+    Args:
+        texts: Documents as they are joined.
+        share: Of all bytes, to hold out at most.
+
+    Returns:
+        Positions; none where fewer than half of the share can be reached that way.
+    """
+    wanted, held, used = share * sum(map(len, texts)), set[int](), 0
+    for index in sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i]).digest()):
+        if used + len(texts[index]) <= wanted:
+            held.add(index)
+            used += len(texts[index])
+    return held if used >= wanted / 2 else set()
 
 
 def entropy_bits(data: bytes) -> float:

@@ -8,7 +8,7 @@ from common.corpus_config import DataConfig
 from common.document_classes import document_classes
 from common.documents import documents
 from common.errors import DataError
-from common.packing import hold_out
+from common.packing import held_documents, hold_out
 from common.sources import local_files, stdlib_files
 
 PLAY = "\n\n".join(
@@ -73,6 +73,27 @@ def test_a_class_without_held_out_files_keeps_its_end_apart(folder: DataConfig) 
     assert "although it was trained on" in found.rule
     assert found.forget_train + found.forget_held == b"# json\n" * 400
     assert len(found.forget_held) == round(0.3 * 2800)
+
+
+def test_a_file_that_is_part_of_a_held_out_one_was_trained_on(tmp_path: Path) -> None:
+    """Oracle: its name; ``hold_out`` takes whole files, and of these two the large one."""
+    (tmp_path / "small.txt").write_bytes(b"a line\n")
+    (tmp_path / "other.txt").write_bytes(b"something else\n" * 40)
+    (tmp_path / "large.txt").write_bytes(b"first\na line\n" * 30)
+    config = DataConfig(source="local", path=str(tmp_path), val_fraction=0.393)
+    texts = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    assert held_documents(texts, 0.393) == {0}
+    assert document_classes(config, "large").forget_held == b"first\na line\n" * 30
+    found = document_classes(config, "small")
+    assert (found.forget_train + found.forget_held, found.is_unseen) == (b"a line\n", False)
+
+
+def test_bytes_are_divided_by_position(tmp_path: Path) -> None:
+    """Oracle: two files without last newlines, the last tenth of all held out."""
+    (tmp_path / "a.bin").write_bytes(b"a" * 500)
+    (tmp_path / "b.bin").write_bytes(b"b" * 500)
+    config = DataConfig(source="bytes", path=str(tmp_path), val_fraction=0.1)
+    assert _parts(config, "b") == (b"b" * 400, b"b" * 100, b"a" * 500, b"")
 
 
 def test_end_of_text_is_divided_by_position(tmp_path: Path) -> None:
