@@ -105,7 +105,7 @@ def test_mistakes_are_named(make_model):
     model = make_model()
     with pytest.raises(ConfigError, match="source='news': expected one of data, model, random"):
         calibration_tokens("news", model, 1, 8)
-    with pytest.raises(ConfigError, match="source=text: expected a corpus; give data, or choose"):
+    with pytest.raises(ConfigError, match="source=data: expected a text; name a corpus, or"):
         calibration_tokens("data", model, 1, 8)
     for source in TOKEN_SOURCES:
         with pytest.raises(ConfigError, match=r"length=17: expected at most .* context of 16"):
