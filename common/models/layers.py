@@ -117,14 +117,17 @@ class Attention(nn.Module):
         return y.unflatten(-1, (heads, self.layer.head_dim)).transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions_BT: Tensor | None) -> Tensor:
-        mask = self._mask(q.shape[2], q, positions_BT)
+        mask, scale = self._mask(q.shape[2], q, positions_BT), self.layer.logit_scale
+        if scale == 0:
+            # Torch scales its own causal mask as well: minus infinity times 0.
+            q, scale = torch.zeros_like(q), 1.0
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             is_causal=mask is None,
-            scale=self.layer.logit_scale,
+            scale=scale,
             enable_gqa=self.layer.group > 1,
         )
 

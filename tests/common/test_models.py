@@ -33,6 +33,7 @@ FREEDOMS = {
     "uneven": {"heads": (4, 2), "kv_heads": (2, 2), "head_dim": (4, 6), "activation": "relu"},
     "tanh": {"activation": ("gelu_tanh", "tanh"), "kv_heads": 1},
     "silu": {"activation": "silu", "mlp_bias": True},
+    "means": {"softmax_scale": 0.0},
 }
 
 
