@@ -22,7 +22,8 @@ from solvers.bounds.classifier import certify_classifier
 
 FORMAT_VERSION = 2
 _TOTALS = ("tightened", "naive", "reference", "log10_tightened", "log10_naive")
-_WORST = "every image of pixels in [0, 1]; real arithmetic"
+DOMAIN = "every image of pixels in [0, 1]; real arithmetic"
+"""What bounds over all images hold for."""
 _IMAGES = "the held-out images alone; real arithmetic, float64 allowed for"
 
 
@@ -132,7 +133,7 @@ class ClassifierReport:
                     "form_b": self.deviation.form_b.bound,
                     "bound": self.deviation.bound,
                     "top1": self.certified_top1,
-                    "holds_for": _WORST,
+                    "holds_for": DOMAIN,
                 },
                 "images": {
                     "count": len(self.seen.bound_N),

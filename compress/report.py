@@ -16,7 +16,8 @@ from compress.settings import CompressConfig
 
 FORMAT_VERSION = 2
 _TOTALS = ("tightened", "naive", "reference", "log10_tightened", "log10_naive")
-_WORST = "every sequence of tokens of l2 norm at most the certificate's radius; real arithmetic"
+DOMAIN = "every sequence of tokens of l2 norm at most the certificate's radius; real arithmetic"
+"""What bounds over all inputs hold for."""
 _TEXT = "the held-out text alone; real arithmetic, 1e-12 of the stream allowed for float64"
 _ESTIMATE = "estimate: mean square changes on the held-out text, proves nothing"
 
@@ -127,7 +128,7 @@ class PruneReport:
             "limit_from_radii": self.deviation.b.limit,
             "top1": self.certified_top1,
             "radius": self.before.radius,
-            "holds_for": _WORST,
+            "holds_for": DOMAIN,
         }
         text = {
             **self.text.quantiles(),

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from common.bundle import Bundle, save_bundle
 from common.errors import BundleError
+from compress.classifier_report import DOMAIN as IMAGES
 from compress.deviation.classifier import classifier_deviation
 from compress.deviation.network import certified_deviation
 from compress.fit import Fit
 from compress.pruner import Pruning
+from compress.report import DOMAIN as SEQUENCES
 from compress.unlearning.measure import knowledge
 from compress.unlearning.recovery import guard
 from compress.unlearning.samples import ClassData, shuffled
@@ -40,6 +42,7 @@ class UnlearnReport:
         naive_before: Naive bound of the parent's certificate, or None.
         naive_after: The re-certified naive bound, or None.
         certified_deviation: Proved bound on the RMS change of the logits, or None.
+        holds_for: What that bound holds for, in words; None without one.
         seconds: Wall time of the editing.
         unlearning: The model and the edits.
     """
@@ -53,6 +56,7 @@ class UnlearnReport:
     naive_before: float | None
     naive_after: float | None
     certified_deviation: float | None
+    holds_for: str | None
     seconds: float
     unlearning: Unlearning
 
@@ -130,6 +134,7 @@ def unlearn(
         naive_before=proof and proof.naive,
         naive_after=certificate and certificate.naive,
         certified_deviation=_deviation(bundle, found, proof, certificate),
+        holds_for=proof and (SEQUENCES if bundle.kind == "transformer" else IMAGES),
         seconds=seconds,
         unlearning=found,
     )

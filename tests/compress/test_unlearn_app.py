@@ -139,6 +139,8 @@ def test_classifier_deviation_covers_what_is_seen(lipllm, classifier):
     )
     assert "unlearn/relearn_forget_steps_after" not in done.metrics
     model = load_bundle(done.directory / "bundle").model
+    record = json.loads((done.directory / "bundle" / "compression.json").read_text())
+    assert record["unlearning"]["holds_for"].startswith("every image of pixels in [0, 1]")
     images = torch.cat([load_digits().val_NI, torch.rand(500, 64)])
     with torch.no_grad():
         change = (model(images) - classifier.model(images)).square().mean(-1).sqrt()
