@@ -29,12 +29,10 @@ class Survey:
     """What is known about the dense model.
 
     Attributes:
-        targets: Prunable places that the settings name.
-        statistics: Second moments of what enters them.
-        rankings: Order of removal per target name.
+        statistics: Second moments of what enters each place, by target name.
+        rankings: Order of removal, by target name.
     """
 
-    targets: tuple[Target, ...]
     statistics: Statistics
     rankings: Mapping[str, Ranking]
 
@@ -70,7 +68,12 @@ class Pruning:
 
 
 def survey(
-    adapter: Adapter, inputs: Tensor, settings: CompressConfig, *, keeps: Sequence[float] = ()
+    adapter: Adapter,
+    inputs: Tensor,
+    settings: CompressConfig,
+    *,
+    keeps: Sequence[float] = (),
+    statistics: Statistics | None = None,
 ) -> Survey:
     """Rank the components of every place on the dense model's own activations.
 
@@ -78,20 +81,19 @@ def survey(
         adapter: Dense model.
         inputs: Calibration tokens (N, T) or images (N, ...).
         settings: Score, ridge, least kept fraction.
-        keeps: Budgets that the rankings have to reach, besides those of the settings.
+        keeps: Values of ``keep`` that the rankings have to reach, besides that of the settings.
+        statistics: Of the same inputs, for all places, if they are known.
     """
-    targets = chosen_targets(adapter, settings)
-    statistics = collect(adapter, inputs, targets, holdout=settings.holdout)
+    lowest = dataclasses.replace(settings, keep=min((settings.keep, *keeps)))
+    targets = chosen_targets(adapter, lowest)
+    if statistics is None:
+        statistics = collect(adapter, inputs, targets, holdout=settings.holdout)
     rankings = {}
     for target in targets:
         problem = make_problem(adapter, target, statistics.fitted[target.name], settings)
-        budgets = (settings.keep_for(target.kind), *keeps)
-        is_aligned = target.kind != "heads"
-        fewest = min(
-            settings.least_kept(target.components, keep, align=is_aligned) for keep in budgets
-        )
+        fewest = lowest.least_kept(target)
         rankings[target.name] = rank(problem, settings.score, keep=fewest, seed=settings.seed)
-    return Survey(targets=targets, statistics=statistics, rankings=rankings)
+    return Survey(statistics=statistics, rankings=rankings)
 
 
 def chosen_targets(adapter: Adapter, settings: CompressConfig) -> tuple[Target, ...]:
@@ -136,8 +138,6 @@ def share_budget(
     """
     candidates = []
     for target in targets:
-        is_heads = target.kind == "heads"
-        keep = settings.keep_for(target.kind)
         errors = None
         if found is not None:
             errors = found.rankings[target.name].curve.clamp(min=0).sqrt().tolist()
@@ -146,19 +146,22 @@ def share_budget(
                 target=target,
                 errors=errors,
                 amplification=gains[target.name] if gains else 1.0,
-                least=settings.least_kept(target.components, keep, align=not is_heads),
-                align=1 if is_heads else settings.align,
+                least=settings.least_kept(target),
+                align=settings.align_for(target.kind),
                 allowed=adapter.allowed(target),
             )
         )
-    has_heads = any(target.kind == "heads" for target in targets)
+    # Without heads in scope their default budget is moot; any other one is a mistake to report.
+    keep_heads = settings.keep_heads
+    if keep_heads == 1 and all(target.kind != "heads" for target in targets):
+        keep_heads = None
     clock = StageClock(adapter, inputs)
     return share(
         candidates,
         settings.keep,
         settings.allocation,
         budget=settings.budget,
-        keep_heads=settings.keep_heads if has_heads else None,
+        keep_heads=keep_heads,
         model_total=clock.total(settings.budget.kind) if settings.budget.of == "model" else None,
         seconds=clock.seconds if settings.budget.kind == "latency" else None,
     )

@@ -10,6 +10,7 @@ from compress.budgets.allocate import ALLOCATORS
 from compress.budgets.budget import Budget
 from compress.compensate import METHODS
 from compress.scoring.fidelity import SCORES
+from compress.targets import Target
 
 ORDERS = ("sequential", "one_shot")
 CALIBRATIONS = ("data", "model", "random")
@@ -31,8 +32,9 @@ class CompressConfig:
         comp: How the kept weights make up for the removed ones: name in ``compensate.METHODS``,
             or ``auto``: ``lsq_capped`` where there is a certificate to keep, else ``lsq``.
         tau: Cap of ``lsq_capped``: allowed growth of the product of a block's two spectral
-            norms; ``inf`` lifts the cap. At 1 the naive bound of the whole network does not grow,
-            and what removed heads free of it goes to the caps.
+            norms; ``inf`` lifts the cap. At 1 the naive bound of the whole network does not grow
+            (biases can make it; a warning then says so), and what removed heads free of it goes
+            to the caps.
         bias: Let the biases of the pruned maps, where there are any, absorb the mean of what is
             removed.
         allocation: How layers share the budget; name in ``allocate.ALLOCATORS``.
@@ -41,7 +43,7 @@ class CompressConfig:
         ridge: Ridge toward the original weights, relative to the mean activation energy; by
             default 1e-6 with at least ten tokens per input, else 1e-4.
         min_keep: No layer keeps less than this fraction of its components.
-        align: Kept neurons per layer are a multiple of this, in components.
+        align: Kept components per layer are a multiple of this; heads are not aligned.
         calibration: Where the calibration inputs come from: ``data`` (the training split),
             ``model`` (sampled from the model itself) or ``random`` (tokens, or Gaussian images).
         tokens: Calibration tokens; for images as many numbers are pixels.
@@ -124,14 +126,12 @@ class CompressConfig:
             return self.ridge
         return 1e-6 if tokens >= ENOUGH_TOKENS * inputs else 1e-4
 
-    def least_kept(self, components: int, keep: float, *, align: bool = True) -> int:
-        """Return the smallest number of components a place may keep at budget ``keep``.
+    def align_for(self, kind: str) -> int:
+        """Return what the kept components of one kind of target are a multiple of."""
+        return 1 if kind == "heads" else self.align
 
-        Args:
-            components: Components before pruning.
-            keep: The budget.
-            align: Whether kept numbers are multiples of ``align``.
-        """
-        fraction = min(self.min_keep, keep)
-        least = max(1, math.ceil(fraction * components - 1e-9))
-        return min(components, max(least, self.align) if align else least)
+    def least_kept(self, target: Target) -> int:
+        """Return the smallest number of components that a place may keep."""
+        fraction = min(self.min_keep, self.keep_for(target.kind))
+        least = math.ceil(fraction * target.components - 1e-9)
+        return min(target.components, max(1, least, self.align_for(target.kind)))

@@ -25,11 +25,9 @@ from common.files import write_json
 from common.reporting.runs import read_json
 from compress.adapters import LipschitzAdapter
 from compress.deviation.network import certified_deviation
-from compress.fit import make_problem
 from compress.flops import token_flops
 from compress.measure import Reference
-from compress.pruner import Survey, prune_model
-from compress.scoring.fidelity import rank
+from compress.pruner import Survey, prune_model, survey
 from compress.settings import CompressConfig
 from compress.statistics.collect import Statistics, collect
 from compress.study.config import DEFAULT, KINDS, ROTATION, Case, StudyConfig
@@ -200,18 +198,14 @@ class Study:
     def _survey(self, score: str) -> Survey:
         """Return the ranking of every place by one score, down to the smallest budgets."""
         if score not in self._surveys:
-            rankings = {}
-            for target in self._adapter.targets():
-                moments = self._statistics.fitted[target.name]
-                settings = dataclasses.replace(self.base, score=score)
-                keeps = self.settings.heads if target.kind == "heads" else self.settings.keeps
-                fewest = settings.least_kept(
-                    target.components, min(keeps, default=1.0), align=target.kind != "heads"
-                )
-                problem = make_problem(self._adapter, target, moments, settings)
-                rankings[target.name] = rank(problem, score, keep=fewest, seed=settings.seed)
-            self._surveys[score] = Survey(
-                targets=self._adapter.targets(), statistics=self._statistics, rankings=rankings
+            lowest = dataclasses.replace(
+                self.base,
+                score=score,
+                keep=min((*self.settings.keeps, *self.settings.heads), default=1.0),
+                keep_heads=min(self.settings.heads, default=1.0),
+            )
+            self._surveys[score] = survey(
+                self._adapter, self.tokens_BT, lowest, statistics=self._statistics
             )
         return self._surveys[score]
 

@@ -1,9 +1,12 @@
 """Whole-model pruning: budget, order, cap, determinism."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from common.errors import ConfigError
+from common.models import LipschitzMLP
 from common.models.config import ACTIVATIONS
 from compress.adapters import adapter_for
 from compress.budgets.allocate import ALLOCATORS
@@ -168,6 +171,24 @@ def test_capped_heads_do_not_grow_the_naive_certificate(make_model, content_head
             pruned[comp] = certify(prune(model, tokens(), settings).model, tighten=False).naive
         assert pruned["none"] <= dense
         assert pruned["lsq_capped"] <= dense * (1 + SINGLE)
+
+
+def test_a_survey_reaches_places_that_only_further_budgets_prune(make_model):
+    """Oracle: pruning at that budget without the survey."""
+    model = make_model("relu", heads=4)
+    settings = CompressConfig(keep=1.0, keep_heads=0.5, order="one_shot", ridge=1e-4)
+    found = survey(adapter_for(model), tokens(), settings, keeps=[0.25])
+    other = dataclasses.replace(settings, keep=0.25)
+    expected = prune_model(model, tokens(), other).model.state_dict()
+    state = prune_model(model, tokens(), other, found=found).model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_budget_of_heads_needs_heads():
+    """Oracle: the message; a classifier has none."""
+    images = torch.rand(32, 6, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match=r"compress\.keep_heads=0\.5: expected heads"):
+        prune_model(LipschitzMLP((6, 8, 3)), images, CompressConfig(keep=0.5, keep_heads=0.5))
 
 
 def test_certified_allocation_needs_a_certificate(make_model):
