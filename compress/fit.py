@@ -26,7 +26,8 @@ class Fit:
         weight_IO: New weights at full size (float64 values of the stored type); rows of removed
             inputs are zero.
         bias_O: New bias of the map, or None to keep the old one.
-        error: Relative mean squared error on the calibration inputs, ``1 - fidelity``.
+        error: Relative mean squared error on the calibration inputs, ``1 - fidelity``; at most
+            this where ``hold`` made the weights smaller.
         held_error: The same on held-out calibration inputs.
     """
 

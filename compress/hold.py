@@ -5,12 +5,16 @@ later blocks are bounded, by parts in 100,000 in either direction: slightly smal
 for that. And removed heads free much of the bound: the caps then rise as far as it allows.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from compress.adapters import adapter_for
+from compress.fit import Fit
 from compress.targets import Target
 from solvers.bounds import certify
 
@@ -39,7 +43,10 @@ def fit_within(dense: Any, prune_at: Callable[[float], Any]) -> Any:
     """
     limit = _naive(dense)
     best = prune_at(1.0)
-    hold_bound(dense, best.model, [fit.target for fit in best.fits])
+    shrink = hold_bound(dense, best.model, [fit.target for fit in best.fits])
+    if shrink:
+        dtype = next(best.model.parameters()).dtype
+        best = dataclasses.replace(best, fits=tuple(_shrunk(f, shrink, dtype) for f in best.fits))
     if _naive(best.model) * WORTH > limit:
         return best
     free = prune_at(math.inf)
@@ -88,6 +95,24 @@ def hold_bound(dense: Any, pruned: Any, targets: Iterable[Target]) -> float:
         limit,
     )
     return 0.0
+
+
+def _shrunk(fit: Fit, shrink: float, dtype: torch.dtype) -> Fit:
+    """Return the account of a fit whose weights were made smaller.
+
+    What the place loses is then ``1 - shrink`` times what the fit lost and ``shrink`` times all of
+    its output: the triangle inequality bounds the new error by the old one.
+    """
+
+    def error(old: float) -> float:
+        return ((1 - shrink) * math.sqrt(old) + shrink) ** 2
+
+    return dataclasses.replace(
+        fit,
+        weight_IO=((1 - shrink) * fit.weight_IO).to(dtype).double(),
+        error=error(fit.error),
+        held_error=error(fit.held_error),
+    )
 
 
 def _naive(model: Any) -> float:

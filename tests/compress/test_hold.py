@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.models import LipschitzMLP
+from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from compress.hold import SHRINKS, fit_within, hold_bound
 from compress.pruner import prune_model
 from compress.settings import CompressConfig
@@ -102,3 +102,54 @@ def test_the_search_stops_below_the_limit(make_model):
     assert asked[:2] == [1.0, math.inf]
     scale = float((best.model.head.weight / dense.head.weight).detach().mean())
     assert 0.7 < scale <= 1.0
+
+
+def biased_model(seed):
+    """Return a model whose first MLP adds constants that cancel until neurons go."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LipschitzTransformer(
+            ModelConfig(
+                vocab_size=11,
+                width=8,
+                layers=2,
+                heads=2,
+                context=16,
+                activation="relu",
+                mlp_width=16,
+                mlp_bias=True,
+                mlp_residual=0.5,
+                attn_residual=0.5,
+                softmax_scale=4.0,
+            )
+        )
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                tensor.normal_(std=0.01 if name.endswith("bias") else tensor.shape[-1] ** -0.5)
+            mlp, half = model.layers[0].mlp, 0.3 * torch.randn(8, 8)
+            mlp.up.weight.mul_(0.05)
+            mlp.up.bias.fill_(5.0)
+            mlp.down.weight.copy_(torch.cat((half, -half), 1))
+            mlp.down.bias.zero_()
+    return model.double()
+
+
+def test_the_account_is_of_the_weights_that_were_made_smaller():
+    """Oracle: the stored weights; the first place's error on its inputs, by hand."""
+    model = biased_model(4)
+    settings = CompressConfig(keep=0.5, ridge=1.0, score="random", seed=4, holdout=0.0)
+    pruning = prune_model(model, TOKENS, settings)
+    free = prune_model(model, TOKENS, dataclasses.replace(settings, tau=1 - 1e-9))
+    names = [fit.target.name for fit in pruning.fits]
+    shrunk = {fit.target.name: fit for fit in pruning.fits}
+    for fit in free.fits:
+        now = shrunk[fit.target.name]
+        stored_CK = pruning.model.layers[now.target.layer].mlp.down.weight
+        assert torch.equal(now.weight_IO[now.kept_K].T, stored_CK)
+        assert float(now.weight_IO.norm()) < 0.95 * float(fit.weight_IO.norm())
+    layer = model.layers[0]
+    hidden_MF = layer.mlp.hidden(layer.attend_block(model.embed(TOKENS))).flatten(0, 1)
+    wanted_MC = hidden_MF @ layer.mlp.down.weight.T
+    lost_MC = wanted_MC - hidden_MF @ shrunk[names[0]].weight_IO
+    error = float((lost_MC.square().sum() / wanted_MC.square().sum()).detach())
+    assert error <= shrunk[names[0]].error <= 1.5 * error
