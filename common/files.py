@@ -5,9 +5,11 @@ the disk and renamed.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -38,6 +40,19 @@ def write_bytes(path: Path, data: bytes) -> None:
 def to_json(value: Any) -> str:
     """Return ``value`` as indented JSON with a final newline; NaN and infinity are refused."""
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return a value as plain JSON types: dataclasses by field, infinity as ``inf``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
 
 
 def from_json(text: str | bytes) -> Any:

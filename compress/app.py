@@ -116,7 +116,6 @@ def _survey(bundle: Bundle, tokens_NT: Tensor, settings: CompressConfig) -> Surv
 def _metrics(dense: Bundle, pruned: Bundle, report: PruneReport) -> dict[str, float]:
     # The bundle came back on the CPU; the model that was measured is the one still in memory.
     model: Any = report.pruning.model
-    fits = report.pruning.fits
     flops = report.size["flops_per_token"]["model"]
     rounds = report.settings.rounds
     times = speeds(dense.model, model, rounds)
@@ -130,7 +129,7 @@ def _metrics(dense: Bundle, pruned: Bundle, report: PruneReport) -> dict[str, fl
         "compress/bundle_bytes": _weight_bytes(pruned.path) / _weight_bytes(dense.path),
         "compress/mlp_speedup": mlp_speedup(dense.model, model, rounds=rounds),
         **{f"compress/{name}": ratio for name, ratio in times.items()},
-        "compress/fidelity": 1 - sum(fit.held_error for fit in fits) / len(fits),
+        "compress/fidelity": report.pruning.fidelity,
         "compress/top1_agreement": report.top1_agreement,
         "compress/certified_top1": report.certified_top1,
         "compress/text_top1": report.text_top1,

@@ -13,6 +13,7 @@ from common.config import build
 from common.corpus import Corpus, prepare_corpus
 from common.device import resolve_device
 from common.errors import ConfigError
+from common.files import plain
 from common.pretrained import load_tokenizer
 from common.runs import Outcome, Run
 from compress.checkpoints.checkpoint import load_hf, save_hf
@@ -92,7 +93,7 @@ def _record(
     """Return the content of ``compression.json``: nothing in it is proved, and it says so."""
     return {
         "format_version": FORMAT_VERSION,
-        "settings": settings.to_dict(),
+        "settings": plain(settings),
         "measured": metrics,
         "certified_deviation": None,
         "layers": [fit.to_dict() for fit in pruning.fits],
@@ -118,7 +119,7 @@ def _metrics(
         "compress/heads_removed": pruning.removed("heads"),
         "compress/params": after,
         "compress/params_before": before,
-        "compress/fidelity": 1 - sum(f.held_error for f in pruning.fits) / len(pruning.fits),
+        "compress/fidelity": pruning.fidelity,
         "compress/forward_speedup": speed.ratio,
     }
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from common.classifier_certificate import ClassifierCertificate
 from common.errors import CertificateError
+from common.files import plain
 from common.images import Images
 from compress.classifier_measure import Seen, look
 from compress.deviation.classifier import ClassifierDeviation, classifier_deviation
 from compress.deviation.text import AGREEMENT
 from compress.fit import Fit
 from compress.pruner import Pruning
+from compress.report import FORMAT_VERSION, TOTALS
 from compress.settings import CompressConfig
 from solvers.bounds.classifier import certify_classifier
 
-FORMAT_VERSION = 2
-_TOTALS = ("tightened", "naive", "reference", "log10_tightened", "log10_naive")
 DOMAIN = "every image of pixels in [0, 1]; real arithmetic"
 """What bounds over all images hold for."""
 _IMAGES = "the held-out images alone; real arithmetic, float64 allowed for"
@@ -88,13 +88,12 @@ class ClassifierReport:
 
     def metrics(self) -> dict[str, float]:
         """Return the ``compress/*`` metrics."""
-        held = [fit.held_error for fit in self.pruning.fits]
         values = {
             "removed_fraction": self.removed_fraction,
             "mlp_neurons_removed": self.pruning.removed("mlp"),
             "params": self.params[1],
             "params_before": self.params[0],
-            "fidelity": 1 - sum(held) / len(held),
+            "fidelity": self.pruning.fidelity,
             "val_accuracy": self.seen.accuracy,
             "val_accuracy_before": self.seen.accuracy_before,
             "top1_agreement": self.seen.top1_agreement,
@@ -107,15 +106,13 @@ class ClassifierReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``compression.json``."""
-        settings = dataclasses.asdict(self.settings)
-        settings["tau"] = "inf" if math.isinf(self.settings.tau) else self.settings.tau
         names = ("removed_fraction", "params_fraction", "measured_deviation")
         names += ("semi_empirical_deviation", "certified_deviation", "certified_top1")
         pairs = {"params": self.params, "flops_per_image": self.flops}
         proofs = {"before": self.before, "after": self.after}
-        return {
+        content = {
             "format_version": FORMAT_VERSION,
-            "settings": settings,
+            "settings": self.settings,
             **{name: getattr(self, name) for name in names},
             "top1_agreement": self.seen.top1_agreement,
             "accuracy": {"before": self.seen.accuracy_before, "after": self.seen.accuracy},
@@ -124,7 +121,7 @@ class ClassifierReport:
                 for name, pair in pairs.items()
             },
             "certificate": {
-                name: {total: getattr(proof, total) for total in _TOTALS}
+                name: {total: getattr(proof, total) for total in TOTALS}
                 for name, proof in proofs.items()
             },
             "deviation": {
@@ -144,6 +141,7 @@ class ClassifierReport:
             },
             "layers": [self._layer(fit) for fit in self.pruning.fits],
         }
+        return plain(content)
 
     def _proved(self, bound_N: Tensor) -> float:
         """A difference of two logits moves by at most the root of 2 times their l2 change."""
@@ -151,19 +149,8 @@ class ClassifierReport:
         return float((self.seen.margins_N > moved_N).double().mean())
 
     def _layer(self, fit: Fit) -> dict[str, Any]:
-        target, index = fit.target, fit.target.layer
-        return {
-            "name": target.name,
-            "layer": index,
-            "kind": target.kind,
-            "unit": target.unit,
-            "components": target.components,
-            "kept_components": len(fit.kept_K) // target.unit,
-            "dense_width": target.inputs,
-            "width": len(fit.kept_K),
-            "kept": fit.kept_K.tolist(),
-            "error": fit.error,
-            "held_error": fit.held_error,
+        index = fit.target.layer
+        return fit.to_dict() | {
             "certified_delta": self.deviation.form_b.deltas[index],
             "certified_delta_dense": self.deviation.form_a.deltas[index],
             "measured_delta": float(self.seen.deltas_LN[index].max()),

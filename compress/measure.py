@@ -1,7 +1,6 @@
 """What pruning does on text: bits per byte, divergence from the dense model.
 
-Everything here is a measurement; deviations and bounds are in ``text_deviation`` and
-``deviation``, times in ``timing``.
+Everything here is a measurement; bounds are in ``deviation``, times in ``timing``.
 """
 
 # Legend: B sequences, T tokens, C width, V vocabulary.

@@ -66,6 +66,11 @@ class Pruning:
         stay = sum(fit.target.params * (len(fit.kept_K) // fit.target.unit) for fit in self.fits)
         return 1 - stay / total if total else 0.0
 
+    @property
+    def fidelity(self) -> float:
+        """Mean over the pruned places of ``1 - held_error`` (estimate)."""
+        return 1 - sum(fit.held_error for fit in self.fits) / len(self.fits)
+
 
 def survey(
     adapter: Adapter,

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from common.certificate import Certificate
+from common.files import plain
 from compress.deviation.network import Deviation
 from compress.deviation.text import TextBounds, expected_est
 from compress.fit import Fit
@@ -15,7 +16,7 @@ from compress.pruner import Pruning
 from compress.settings import CompressConfig
 
 FORMAT_VERSION = 2
-_TOTALS = ("tightened", "naive", "reference", "log10_tightened", "log10_naive")
+TOTALS = ("tightened", "naive", "reference", "log10_tightened", "log10_naive")
 DOMAIN = "every sequence of tokens of l2 norm at most the certificate's radius; real arithmetic"
 """What bounds over all inputs hold for."""
 _TEXT = "the held-out text alone; real arithmetic, 1e-12 of the stream allowed for float64"
@@ -92,7 +93,7 @@ class PruneReport:
 
     @property
     def expected_est(self) -> float:
-        """Estimate of the root mean square deviation, see ``text_deviation.expected_est``."""
+        """Estimate of the root mean square deviation, see ``deviation.text``."""
         return expected_est(self.text.measured, self.deviation.b)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,17 +109,17 @@ class PruneReport:
         )
         content = {
             "format_version": FORMAT_VERSION,
-            "settings": dataclasses.asdict(self.settings),
+            "settings": self.settings,
             **{name: getattr(self, name) for name in names},
             "size": self.size,
             "certificate": {
-                name: {total: getattr(proof, total) for total in _TOTALS}
+                name: {total: getattr(proof, total) for total in TOTALS}
                 for name, proof in (("before", self.before), ("after", self.after))
             },
             "deviation": self._deviations(),
             "layers": [self._layer(fit) for fit in self.pruning.fits],
         }
-        return _finite(content)
+        return plain(content)
 
     def _deviations(self) -> dict[str, Any]:
         worst = {
@@ -143,18 +144,7 @@ class PruneReport:
     def _layer(self, fit: Fit) -> dict[str, Any]:
         target, measured = fit.target, self.text.measured
         block = 2 * target.layer + (target.kind == "mlp")
-        return {
-            "name": target.name,
-            "layer": target.layer,
-            "kind": target.kind,
-            "unit": target.unit,
-            "components": target.components,
-            "kept_components": len(fit.kept_K) // target.unit,
-            "dense_width": target.inputs,
-            "width": len(fit.kept_K),
-            "kept": fit.kept_K.tolist(),
-            "error": fit.error,
-            "held_error": fit.held_error,
+        return fit.to_dict() | {
             "certified_delta": self.deviation.b.deltas[block],
             "certified_delta_dense": self.deviation.a.deltas[block],
             "measured_delta": measured.deltas[block],
@@ -188,12 +178,3 @@ def sizes(dense: Any, pruning: Pruning) -> dict[str, dict[str, dict[str, float]]
         "params": {"pruned_places": places["params"], "model": whole["params"]},
         "flops_per_token": {"pruned_places": places["flops"], "model": whole["flops"]},
     }
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinite numbers, which JSON does not know, by ``inf``."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return "inf" if isinstance(value, float) and math.isinf(value) else value

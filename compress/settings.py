@@ -1,8 +1,7 @@
 """What can be chosen about pruning, validated where it enters."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from common.config import check_types, one_of, positive, within
 from common.errors import ConfigError
@@ -28,7 +27,7 @@ class CompressConfig:
         keep_heads: The same for attention heads, which go in groups that share keys and values; 1
             leaves them alone, None puts heads and all else under the one budget ``keep``.
         budget: What ``keep`` is a fraction of: parameters, operations or measured seconds.
-        score: Which components go first; name in ``fidelity.SCORES``.
+        score: Which components go first; name in ``scoring.fidelity.SCORES``.
         comp: How the kept weights make up for the removed ones: name in ``compensate.METHODS``,
             or ``auto``: ``lsq_capped`` where there is a certificate to keep, else ``lsq``.
         tau: Cap of ``lsq_capped``: allowed growth of the product of a block's two spectral
@@ -37,7 +36,7 @@ class CompressConfig:
             to the caps.
         bias: Let the biases of the pruned maps, where there are any, absorb the mean of what is
             removed.
-        allocation: How layers share the budget; name in ``allocate.ALLOCATORS``.
+        allocation: How layers share the budget; name in ``budgets.allocate.ALLOCATORS``.
         order: ``sequential`` refits each layer on the already pruned prefix, ``one_shot`` uses
             the dense model's activations.
         ridge: Ridge toward the original weights, relative to the mean activation energy; by
@@ -51,7 +50,8 @@ class CompressConfig:
         holdout: Fraction of the calibration sequences that measures the error only.
         eval_tokens: Validation tokens for bits per byte and measured deviations.
         rounds: Paired timings behind each measured speed.
-        frontier: Further values of ``keep``, evaluated one-shot for the report.
+        frontier: Further values of ``keep``, evaluated one-shot for the report;
+            classifiers and checkpoints have none.
         seed: Draws the calibration sequences and the ``random`` score.
     """
 
@@ -100,13 +100,6 @@ class CompressConfig:
             positive(f"compress.{name}", getattr(self, name))
         if self.length is not None:
             positive("compress.length", self.length)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON types; an infinite cap is written as ``inf``."""
-        settings = asdict(self)
-        if math.isinf(self.tau):
-            settings["tau"] = "inf"
-        return settings
 
     def keep_for(self, kind: str) -> float:
         """Return the budget of one kind of target."""

@@ -128,7 +128,7 @@ def warn_if_few(moments: Moments, target: Target) -> None:
     if moments.count < ROWS_PER_INPUT * target.inputs:
         log.warning(
             "%s: %d calibration rows for %d inputs: the fit is unreliable below %d; "
-            "raise compress.tokens",
+            "calibrate with more text or images",
             target.name,
             moments.count,
             target.inputs,

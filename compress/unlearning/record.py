@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.bundle import Bundle, save_bundle
 from common.errors import BundleError
+from common.files import plain
 from compress.classifier_report import DOMAIN as IMAGES
 from compress.deviation.classifier import classifier_deviation
 from compress.deviation.network import certified_deviation
@@ -68,11 +69,7 @@ class UnlearnReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: the content of ``compression.json`` under ``unlearning``."""
-        plain = {
-            field.name: _plain(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if field.name != "unlearning"
-        }
+        names = [field.name for field in dataclasses.fields(self) if field.name != "unlearning"]
         maps = [
             {
                 "name": found.target.name,
@@ -84,7 +81,8 @@ class UnlearnReport:
             }
             for found in self.unlearning.maps
         ]
-        return {"format_version": FORMAT_VERSION, **plain, "maps": maps}
+        own = {name: plain(getattr(self, name)) for name in names}
+        return {"format_version": FORMAT_VERSION, **own, "maps": maps}
 
 
 def unlearn(
@@ -118,9 +116,8 @@ def unlearn(
         DataError: for data without samples, or activations that are not finite.
     """
     check_kind(bundle, data)
-    forget, retain = _calibration(data, settings)
     began = time.perf_counter()
-    found = unlearn_model(bundle.model, forget, retain, settings)
+    found = unlearn_model(bundle.model, *_calibration(data, settings), settings)
     seconds = time.perf_counter() - began
     share = _rebound(bundle, found, data, settings)
     # A void certificate says nothing about the parent, so nothing follows from it.
@@ -226,11 +223,3 @@ def _as_pruning(found: Unlearning) -> Pruning:
         for edited in found.maps
     )
     return Pruning(model=found.model, fits=tuple(fits))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, float) and math.isinf(value):
-        return "inf"
-    return value
