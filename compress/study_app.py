@@ -8,10 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from common.bundle import load_bundle
+from common.bundle import Bundle, load_bundle
 from common.config import build
 from common.corpus import prepare_corpus
 from common.device import resolve_device
+from common.errors import ConfigError
 from common.files import replace_bytes
 from common.reporting.study import HEADS, text_rows
 from common.runs import Outcome, Run, hydra_command
@@ -42,6 +43,7 @@ def study(cfg: DictConfig, run: Run) -> Outcome:
     settings: StudyConfig = build(cfg.study)
     base: CompressConfig = build(cfg.compress, seed=cfg.seed, frontier=[])
     bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
+    _check_bundle(bundle, settings)
     certificate = require_certificate(bundle)
     check_model(bundle.config, base)
     corpus = prepare_corpus(build(cfg.data), bundle.tokenizer)
@@ -72,6 +74,21 @@ def study(cfg: DictConfig, run: Run) -> Outcome:
         artifacts={"study": run.directory / FILE, "table": table},
         objective=max(gaps, default=0.0),
     )
+
+
+def _check_bundle(bundle: Bundle, settings: StudyConfig) -> None:
+    """Check what depends on settings and model together, before any work is done."""
+    if bundle.kind != "transformer":
+        raise ConfigError(
+            f"bundle={bundle.path}: a {bundle.kind}, expected a language model; sweep a classifier "
+            "with: lipllm compress -m compress.score=..."
+        )
+    context = bundle.config.context
+    if settings.length is not None and settings.length > context:
+        raise ConfigError(
+            f"study.length={settings.length}: expected at most the model's context of {context}; "
+            "lower it"
+        )
 
 
 def _write_csv(path: Path, rows: list[list[str]]) -> None:

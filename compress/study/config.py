@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from common.config import check_types, one_of, positive, within
+from common.errors import ConfigError
 from compress.compensate import METHODS
 from compress.scoring.fidelity import SCORES
 
@@ -57,6 +58,11 @@ class StudyConfig:
             for value in getattr(self, name):
                 within(f"study.{name}", value, 0.0, 1.0)
                 positive(f"study.{name}", value)
+        if not self.keeps and not self.heads:
+            raise ConfigError(
+                "study.keeps=[] and study.heads=[]: expected at least one budget; give fractions "
+                "that stay, such as study.keeps=[0.5]"
+            )
         positive("study.bound_evals", self.bound_evals, zero=True)
         positive("study.rounds", self.rounds)
         for name in ("batch", "length"):

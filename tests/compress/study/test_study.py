@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from common.bundle import save_bundle
 from common.errors import CertificateError, ConfigError, DataError
 from common.ledger import Run
-from common.models import LipschitzTransformer, ModelConfig
+from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from common.reporting.runs import StageRun, Story
 from common.reporting.study import HEADS, text_rows
 from common.reporting.study import study as study_section
@@ -194,6 +194,8 @@ def test_rows_of_something_else_are_not_mixed(dense, texts, tmp_path, what):
         ({"tighten": ["obs"]}, r"study\.tighten='obs': expected one of"),
         ({"rounds": 0}, r"study\.rounds=0"),
         ({"length": "long"}, r"length='long'"),
+        ({"length": 17}, r"study\.length=17: expected at most the model's context of 16"),
+        ({"keeps": [], "heads": []}, r"study\.keeps=\[\] and study\.heads=\[\]: expected at least"),
         ({"speed": True}, "speed"),
     ],
 )
@@ -294,6 +296,14 @@ def test_a_bundle_without_certificate_names_the_remedy(dense, tmp_path):
     bare = save_bundle(tmp_path / "bare", dense.model, dense.tokenizer)
     with pytest.raises(CertificateError, match="run: lipllm certify bundle="):
         command(*configure(bare, tmp_path))
+
+
+def test_a_classifier_is_refused_by_its_kind(dense, tmp_path):
+    """Oracle: the message names what it is, what the table is of, and the remedy."""
+    model = LipschitzMLP((4, 4, 2), "relu", False)
+    other = save_bundle(tmp_path / "images", model, None)
+    with pytest.raises(ConfigError, match="a classifier, expected a language model; sweep"):
+        command(*configure(other, tmp_path))
 
 
 def test_terminal_rows_keep_the_default_and_the_rotation(whole):
