@@ -2,8 +2,6 @@
 
 # Legend: N images, I pixels.
 
-from pathlib import Path
-
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -66,7 +64,7 @@ def compress_classifier(
     }
     return Outcome(
         metrics=metrics,
-        artifacts={"bundle": Path(pruned.path)},
+        artifacts={"bundle": pruned.path},
         objective=1 - report.seen.accuracy,
     )
 

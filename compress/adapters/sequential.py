@@ -11,6 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -58,7 +59,7 @@ class SequentialAdapter(Adapter):
 
     def targets(self) -> tuple[Target, ...]:
         """Return the inputs of every map but the first."""
-        positions = self._positions()
+        positions = self._positions if self.links else {}
         found = []
         for index, link in enumerate(self.links):
             producer, consumer = self.chain[link.producer], self.chain[link.consumer]
@@ -179,6 +180,7 @@ class SequentialAdapter(Adapter):
         """Return an adapter around a deep copy of the model."""
         return type(self)(copy.deepcopy(self.model), self.example)
 
+    @cached_property
     @torch.no_grad()
     def _positions(self) -> dict[int, float]:
         """Return at how many positions of one image each map is applied."""

@@ -7,6 +7,7 @@ cut to the width in question, on the first calibration batch.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,10 +30,14 @@ class StageClock:
     """
 
     def __init__(self, adapter: Adapter, inputs: Tensor):
-        self.adapter = adapter
-        self.batch = adapter.inputs(batches(inputs)[0])
+        self.adapter, self._inputs = adapter, inputs
         self._stages: dict[tuple[str, int], Sequence[Stage]] = {}
         self._streams: dict[str, Any] = {}
+
+    @cached_property
+    def batch(self) -> Tensor:
+        """The first calibration batch, as the model takes it."""
+        return self.adapter.inputs(batches(self._inputs)[0])
 
     def total(self, kind: str) -> float:
         """Return the cost of the whole model.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.errors import ConfigError
+from common.errors import ConfigError, LipError
 from compress.adapters import SequentialAdapter, adapter_for
 from compress.adapters.base import Stage
 from compress.fit import fit_target
@@ -335,3 +335,18 @@ def test_statistics_of_a_single_number_are_refused():
     stage: Stage = adapter.stages()[1]
     with pytest.raises(ValueError, match="more images"):
         adapter.recalibrate(stage, [torch.zeros(1, 3)])
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "message"),
+    [
+        (nn.Sequential(), 8, "Sequential: nothing in it can be pruned"),
+        (nn.Sequential(nn.Linear(4, 2)), 8, "Sequential: nothing in it can be pruned"),
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 0, "0 calibration sequences"),
+    ],
+    ids=["no-layer", "one-map", "no-image"],
+)
+def test_nothing_to_do_is_named(model, images, message):
+    """Oracle: the message of a mistake, not a traceback of its consequences."""
+    with pytest.raises(LipError, match=message):
+        prune_model(model, torch.zeros(images, 4), CompressConfig(keep=0.5))
