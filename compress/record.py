@@ -17,7 +17,14 @@ from compress.adapters import adapter_for
 from compress.classifier_report import ClassifierReport, classifier_report
 from compress.deviation.network import Deviation, certified_deviation
 from compress.deviation.recertify import recertify
-from compress.deviation.text import AGREEMENT, TextBounds, measure_deviation, text_bounds
+from compress.deviation.text import (
+    AGREEMENT,
+    ALLOWANCE,
+    Measured,
+    measure_deviation,
+    text_bounds,
+)
+from compress.hold import certified_limit
 from compress.pruner import Pruning, Survey, prune_model
 from compress.report import PruneReport as PruneReport
 from compress.report import sizes
@@ -86,7 +93,8 @@ def _prune_transformer(
     certificate = require_certificate(bundle)
     check_model(bundle.config, settings)
     gains = adapter_for(bundle.model).amplifications(certificate)
-    pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found)
+    limit = certified_limit(bundle.model, certificate, max_evals=effort["max_evals"])
+    pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found, limit=limit)
     return make_report(bundle.model, certificate, pruning, held_BT, settings, **effort)
 
 
@@ -145,7 +153,7 @@ def make_report(
         dense, model, kept, certificate, changed_certificate=after, max_evals=max_evals
     )
     text = text_bounds(measure_deviation(dense, model, held_BT), deviation)
-    _check_order(text, deviation)
+    _check_changes(text.measured, deviation)
     return PruneReport(
         settings=settings,
         pruning=pruning,
@@ -191,11 +199,16 @@ def check_model(config: Any, settings: CompressConfig) -> None:
         )
 
 
-def _check_order(text: TextBounds, deviation: Deviation) -> None:
-    """Refuse a text whose blocks move by more than is proved; its rounding does not count."""
-    found, limit = float(text.bound_M.max()), deviation.logits * (1 + AGREEMENT) + text.allowance
-    if found > limit:
-        raise CertificateError(
-            f"measured block changes above the certified ones ({found:.6g} > {limit:.6g}): the "
-            "certificate is refuted; certify the dense bundle again and report this"
-        )
+def _check_changes(measured: Measured, deviation: Deviation) -> None:
+    """Refuse a text whose blocks move by more than is proved; their rounding does not count."""
+    runs = (measured.running_a_ML, measured.running_b_ML)
+    for form, running_ML in zip(deviation.forms, runs, strict=True):
+        found = running_ML.amax(0).tolist()
+        for block, change, delta in zip(form.certificate.blocks, found, form.deltas, strict=True):
+            room = ALLOWANCE * (block.radius_in + block.radius_out)
+            if change > delta * (1 + AGREEMENT) + room:
+                raise CertificateError(
+                    f"measured change of block {block.index} above the certified one "
+                    f"({change:.6g} > {delta:.6g}): the certificate is refuted; certify the dense "
+                    "bundle again and report this"
+                )

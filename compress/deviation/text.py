@@ -4,8 +4,9 @@ A position's output depends on the tokens up to it alone, so the recursion of ``
 for every prefix of a sequence: with ``e_l(t)`` the largest distance of the two streams over
 positions up to t, ``e_{l+1}(t) <= rho_l e_l(t) + max_{s <= t} delta_l(s)``. The changes
 ``delta_l(s)`` at the same input are measured, on the dense (form A) or the changed network's own
-trajectory (form B). What follows is proved for that text only, in real arithmetic; networks run in
-float64, and ``ALLOWANCE`` stands for their rounding.
+trajectory (form B); where a proved one is smaller, rounding was measured and the proved one counts.
+What follows is proved for that text only, in real arithmetic; networks run in float64, and
+``ALLOWANCE`` stands for their rounding.
 Source: spec modhifi 5.1, 5.2; the prefix form is our own derivation.
 """
 
@@ -163,6 +164,8 @@ def _measure(dense: Any, changed: Any, tokens_BT: Tensor) -> Measured:
 def text_bounds(measured: Measured, deviation: Deviation) -> TextBounds:
     """Carry the measured changes to the logits with proved constants.
 
+    No bound exceeds that over all inputs.
+
     Args:
         measured: Of the same pair of networks.
         deviation: Its certified deviation.
@@ -171,10 +174,11 @@ def text_bounds(measured: Measured, deviation: Deviation) -> TextBounds:
         CertificateError: if a position moved by more than its bound: a constant is wrong.
     """
     proof, room = deviation.b.certificate, ALLOWANCE * measured.stream_size
-    a_M = deviation.a.logits(measured.running_a_ML)
-    b_M = deviation.b.logits(measured.running_b_ML)
+    pairs = list(zip(deviation.forms, (measured.running_a_ML, measured.running_b_ML), strict=True))
     allowance = room * proof.head_norm / proof.vocab_size**0.5
-    limit_M = torch.minimum(a_M, b_M) * (1 + AGREEMENT) + allowance
+    # What was measured contains the rounding of the changes.
+    carried_M = torch.minimum(*(form.logits(running_ML) for form, running_ML in pairs))
+    limit_M = carried_M * (1 + AGREEMENT) + allowance
     if bool((measured.logits_M > limit_M).any()):
         worst = int((measured.logits_M - limit_M).argmax())
         raise CertificateError(
@@ -182,9 +186,12 @@ def text_bounds(measured: Measured, deviation: Deviation) -> TextBounds:
             f"{float(limit_M[worst]):.6g} at position {worst}): the certificate is refuted; "
             "certify the dense bundle again and report this"
         )
-    stream_M = torch.minimum(
-        deviation.a.stream(measured.running_a_ML), deviation.b.stream(measured.running_b_ML)
-    )
+    held = [
+        (form, torch.minimum(running_ML, running_ML.new_tensor(form.deltas)))
+        for form, running_ML in pairs
+    ]
+    a_M, b_M = (form.logits(deltas_ML) for form, deltas_ML in held)
+    stream_M = torch.minimum(*(form.stream(deltas_ML) for form, deltas_ML in held))
 
     def share(stream: Tensor | float) -> float:
         moved = (stream * (1 + AGREEMENT) + room) * proof.pair_norm * (1 + SLACK)

@@ -9,6 +9,8 @@ import pytest
 from common.bundle import load_bundle, save_bundle
 from common.errors import CertificateError
 from common.tokenizer import ByteTokenizer
+from compress import record as record_module
+from compress.deviation.network import certified_deviation
 from compress.record import make_report, prune
 from compress.settings import CompressConfig
 from solvers.bounds import certify, verify
@@ -141,3 +143,17 @@ def test_a_refuted_certificate_is_reported(pruned_pair, tokens):
     wrong = dataclasses.replace(certificate, head_norm=certificate.head_norm / 1e4)
     with pytest.raises(CertificateError, match="refuted"):
         make_report(dense, wrong, pruning, tokens(), SETTINGS, max_evals=0)
+
+
+def test_a_change_above_its_bound_is_reported(pruned_pair, tokens, monkeypatch):
+    """Certified changes of blocks that are far too small are named."""
+    dense, certificate, pruning = pruned_pair("relu", "none", keep=0.3)
+
+    def too_small(*args, **options):
+        found = certified_deviation(*args, **options)
+        small = dataclasses.replace(found.b, deltas=tuple(d / 1e4 for d in found.b.deltas))
+        return dataclasses.replace(found, b=small)
+
+    monkeypatch.setattr(record_module, "certified_deviation", too_small)
+    with pytest.raises(CertificateError, match=r"change of block 1 above .* refuted"):
+        make_report(dense, certificate, pruning, tokens(), SETTINGS, max_evals=0)

@@ -136,3 +136,26 @@ def test_removed_neurons_without_effect_do_not_refute_their_proof(make_model, to
     bounds = text_bounds(measure_deviation(dense, pruned, tokens()), deviation)
     assert bounds.measured.logits <= bounds.allowance < 1e-9
     assert bounds.proved_text == 1.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_carried_by_loose_constants_exceeds_no_proved_bound(make_model, tokens, seed):
+    """Heads and neurons without effect go from a network of large weights: all is proved."""
+    dense = make_model("gelu", bias=False, layers=4, heads=4, width=16, seed=seed)
+    kept = {}
+    with torch.no_grad():
+        for index, layer in enumerate(dense.layers):
+            layer.mlp.up.weight.mul_(4)
+            layer.mlp.down.weight.mul_(4)
+            layer.attention.query.weight.mul_(4)
+            layer.mlp.down.weight[:, ::3] = 0
+            kept[f"layers.{index}.mlp"] = torch.tensor([i for i in range(64) if i % 3])
+    pruned = LipschitzAdapter(dense).cut(kept)
+    deviation = certified_deviation(dense, pruned, kept, certify(dense, tighten=False))
+    measured = measure_deviation(dense, pruned, tokens())
+    # Oracle: the recursion itself turns measured rounding into more than the allowance.
+    bounds = text_bounds(measured, deviation)
+    carried = float(deviation.b.logits(measured.running_b_ML).max())
+    assert carried > bounds.allowance > 0
+    assert float(bounds.bound_M.max()) == deviation.logits == 0.0
+    assert bounds.proved_text == bounds.proved_domain == 1.0
