@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.certificate import Certificate
 from compress.adapters import adapter_for
+from compress.hold import certified_limit
 from compress.measure import Quality, Reference
 from compress.pruner import Survey, prune_model
 from compress.record import make_report
@@ -40,9 +41,10 @@ def frontier_points(
     tokens_BT, windows_BT = texts
     points = []
     gains = adapter_for(dense).amplifications(certificate)
+    limit = certified_limit(dense, certificate)
     for keep in sorted(set(report.settings.frontier) - {report.settings.keep}, reverse=True):
         settings = dataclasses.replace(report.settings, keep=keep, order="one_shot")
-        pruning = prune_model(dense, tokens_BT, settings, gains=gains, found=found)
+        pruning = prune_model(dense, tokens_BT, settings, gains=gains, found=found, limit=limit)
         # A few multiplier steps matter for the product's own bundle, not for a curve.
         other = make_report(
             dense,

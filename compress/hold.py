@@ -1,21 +1,22 @@
-"""Pruning under the naive bound of the whole network: it does not grow, and it is used up.
+"""Pruning under the certificate of the whole network: it does not grow, and it is used up.
 
 Caps keep each block's product of norms. Two things remain. Biases also move the radii on which
 later blocks are bounded, by parts in 100,000 in either direction: slightly smaller refits make up
-for that. And removed heads free much of the bound: the caps then rise as far as it allows.
+for that. And what is removed frees much of the bound: the caps then rise as far as it allows.
 """
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
+from common.certificate import Certificate
 from compress.adapters import adapter_for
+from compress.deviation.recertify import EVALS, recertify
 from compress.fit import Fit
-from compress.targets import Target
 from solvers.bounds import certify
 
 log = logging.getLogger(__name__)
@@ -24,77 +25,121 @@ SHRINKS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Fractions by which refitted weights are made smaller, until one is enough."""
 WORTH = 1.02
 """Least factor between the dense bound and the pruned one that is worth more fits."""
-HIGHEST, HALVINGS = 4.0, 3
-"""Bisection of the common cap, in its logarithm, where no cap at all is too much."""
+NEAR = 1.001
+"""Factor above the dense bound up to which slightly smaller weights are the remedy."""
+HIGHEST, HALVINGS = 4.0, 4
+"""Bisection of the common cap, in its logarithm: above 1, or below it where 1 is too much."""
 
 
-def fit_within(dense: Any, prune_at: Callable[[float], Any]) -> Any:
-    """Return the pruning with the highest caps under which the naive bound does not grow.
+class Limit(NamedTuple):
+    """A bound that must not grow.
+
+    Attributes:
+        most: Its value for the dense model.
+        of: From a ``Pruning`` to its value for the pruned model.
+    """
+
+    most: float
+    of: Callable[[Any], float]
+
+    def allows(self, pruning: Any) -> bool:
+        """Return whether a pruned model stays within."""
+        return self.of(pruning) <= self.most
+
+
+def naive_limit(dense: Any) -> Limit:
+    """Return the limit by the bound from norms of a certifiable model."""
+    most = certify(dense, tighten=False).naive
+    return Limit(most, lambda pruning: certify(pruning.model, tighten=False).naive)
+
+
+def certified_limit(dense: Any, certificate: Certificate, *, max_evals: int = EVALS) -> Limit:
+    """Return the limit by a transformer's certificate: tightened if solvers did, else by norms.
 
     Args:
-        dense: Certifiable model before pruning.
+        dense: The model before pruning.
+        certificate: Its proof.
+        max_evals: Effort on the pruned model's bound, see ``recertify``.
+    """
+    if not certificate.multipliers:
+        return naive_limit(dense)
+
+    def tightened(pruning: Any) -> float:
+        proof = recertify(dense, pruning.model, pruning.kept, certificate, max_evals=max_evals)
+        return proof.tightened
+
+    return Limit(certificate.tightened, tightened)
+
+
+def fit_within(prune_at: Callable[[float], Any], limit: Limit) -> Any:
+    """Return the pruning with the highest caps under which a bound of the network does not grow.
+
+    Args:
         prune_at: From ``tau``, the allowed growth of each block's norms, to a ``Pruning``.
+        limit: The bound.
 
     Returns:
-        The pruning at ``tau = 1``, held; or one with higher caps where the bound leaves room.
+        The pruning at ``tau = 1``, held; or one with higher caps where the bound leaves room, or
+        with lower ones where it does not.
 
     Source:
         Own derivation: the certificate is a product over blocks, so blocks may share its slack.
     """
-    limit = _naive(dense)
     best = prune_at(1.0)
-    shrink = hold_bound(dense, best.model, [fit.target for fit in best.fits])
-    if shrink:
-        dtype = next(best.model.parameters()).dtype
-        best = dataclasses.replace(best, fits=tuple(_shrunk(f, shrink, dtype) for f in best.fits))
-    if _naive(best.model) * WORTH > limit:
+    found = limit.of(best)
+    if limit.most < found <= NEAR * limit.most:
+        return hold_bound(best, limit)
+    if limit.most / WORTH <= found <= limit.most:
         return best
-    free = prune_at(math.inf)
-    if _naive(free.model) <= limit:
-        return free
-    low, high = 1.0, HIGHEST
+    low, high = (1.0, HIGHEST) if found <= limit.most else (1 / HIGHEST, 1.0)
+    if low == 1:
+        free = prune_at(math.inf)
+        if limit.allows(free):
+            return free
+    chosen = None
     for _ in range(HALVINGS):
         middle = math.sqrt(low * high)
         candidate = prune_at(middle)
-        if _naive(candidate.model) <= limit:
-            low, best = middle, candidate
+        if limit.allows(candidate):
+            low, chosen = middle, candidate
         else:
             high = middle
-    if low > 1:
-        log.info("caps raised to %.3g times the blocks' norms: the whole bound allows it", low)
-    return best
+    if chosen is None:
+        return hold_bound(best, limit)
+    log.info("caps at %.3g times the blocks' norms: the whole certificate decides", low)
+    return chosen
 
 
-def hold_bound(dense: Any, pruned: Any, targets: Iterable[Target]) -> float:
-    """Shrink refitted maps until the naive bound of the network is at most the dense one.
+def hold_bound(pruning: Any, limit: Limit) -> Any:
+    """Shrink refitted maps until a bound of the network does not exceed its limit.
 
     Args:
-        dense: Certifiable model before pruning.
-        pruned: After pruning; its maps are changed in place.
-        targets: The pruned places of the dense model.
+        pruning: The pruned model is changed in place.
+        limit: The bound.
 
     Returns:
-        The fraction by which the weights were made smaller; 0 where nothing had to be done. With
-        biases even the largest one may not be enough; the log then says so.
+        The pruning with its account of the fits brought in step. With biases even the largest
+        fraction may not be enough; the log then says so, and nothing is changed.
     """
-    limit = _naive(dense)
-    adapter = adapter_for(pruned)
-    names = {target.name for target in targets}
+    adapter = adapter_for(pruning.model)
+    names = {fit.target.name for fit in pruning.fits}
     places = [target for target in adapter.targets() if target.name in names]
     weights = {place.name: adapter.weight(place) for place in places}
     for shrink in SHRINKS:
         for place in places if shrink else ():
             adapter.write(place, (1 - shrink) * weights[place.name])
-        if _naive(pruned) <= limit:
-            return shrink
+        if limit.allows(pruning):
+            dtype = next(pruning.model.parameters()).dtype
+            fits = tuple(_shrunk(fit, shrink, dtype) for fit in pruning.fits)
+            return dataclasses.replace(pruning, fits=fits) if shrink else pruning
     for place in places:
         adapter.write(place, weights[place.name])
     log.warning(
-        "naive bound after pruning above the dense one, %.6g; biases outweigh the caps, lower "
+        "the bound after pruning is above the dense one, %.6g; biases outweigh the caps, lower "
         "compress.tau if it matters",
-        limit,
+        limit.most,
     )
-    return 0.0
+    return pruning
 
 
 def _shrunk(fit: Fit, shrink: float, dtype: torch.dtype) -> Fit:
@@ -113,7 +158,3 @@ def _shrunk(fit: Fit, shrink: float, dtype: torch.dtype) -> Fit:
         error=error(fit.error),
         held_error=error(fit.held_error),
     )
-
-
-def _naive(model: Any) -> float:
-    return certify(model, tighten=False).naive

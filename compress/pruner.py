@@ -14,7 +14,7 @@ from compress.adapters import Adapter, adapter_for
 from compress.budgets.budget import Candidate, share
 from compress.budgets.clock import StageClock
 from compress.fit import Fit, fit_target, make_problem
-from compress.hold import fit_within
+from compress.hold import Limit, fit_within, naive_limit
 from compress.scoring.fidelity import Ranking, rank
 from compress.settings import CompressConfig
 from compress.statistics.collect import Statistics, collect
@@ -179,6 +179,7 @@ def prune_model(
     *,
     gains: Mapping[str, float] | None = None,
     found: Survey | None = None,
+    limit: Limit | None = None,
 ) -> Pruning:
     """Remove components of a model and refit what stays.
 
@@ -188,6 +189,8 @@ def prune_model(
         settings: Everything else.
         gains: Certified amplification of each place's error; needed by ``allocation=certified``.
         found: A survey of the same model and inputs that reaches the budgets.
+        limit: Bound that must not grow at ``tau=1``; of a certifiable model by default the one
+            from norms.
 
     Returns:
         The smaller model and the decisions.
@@ -209,7 +212,7 @@ def prune_model(
 
     comp = settings.comp_for(certifiable=adapter.certifiable)
     if adapter.certifiable and comp == "lsq_capped" and settings.tau == 1:
-        return fit_within(model, prune_at)
+        return fit_within(prune_at, limit or naive_limit(model))
     return prune_at(settings.tau)
 
 

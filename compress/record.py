@@ -16,7 +16,7 @@ from common.images import Images
 from compress.adapters import adapter_for
 from compress.classifier_report import ClassifierReport, classifier_report
 from compress.deviation.network import Deviation, certified_deviation
-from compress.deviation.recertify import recertify
+from compress.deviation.recertify import EVALS, recertify
 from compress.deviation.text import (
     AGREEMENT,
     ALLOWANCE,
@@ -93,7 +93,7 @@ def _prune_transformer(
     certificate = require_certificate(bundle)
     check_model(bundle.config, settings)
     gains = adapter_for(bundle.model).amplifications(certificate)
-    limit = certified_limit(bundle.model, certificate, max_evals=effort["max_evals"])
+    limit = certified_limit(bundle.model, certificate)
     pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found, limit=limit)
     return make_report(bundle.model, certificate, pruning, held_BT, settings, **effort)
 
@@ -147,7 +147,8 @@ def make_report(
     """
     model, kept = pruning.model, pruning.kept
     began = time.perf_counter()
-    after = recertify(dense, model, kept, certificate, max_evals=max_evals, tighten=tighten)
+    evals = max(max_evals, EVALS) if max_evals else 0
+    after = recertify(dense, model, kept, certificate, max_evals=evals, tighten=tighten)
     seconds = time.perf_counter() - began
     deviation = certified_deviation(
         dense, model, kept, certificate, changed_certificate=after, max_evals=max_evals

@@ -12,7 +12,6 @@ from compress.scoring.fidelity import SCORES
 KINDS = {"mlp": "keep", "heads": "keep_heads"}
 """What is removed, and the name of its budget in ``CompressConfig``."""
 ROTATION = "rotation"
-DEFAULT = "default"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +23,7 @@ class StudyConfig:
         heads: Fractions of the attention heads that stay, MLPs whole.
         scores: Names in ``fidelity.SCORES``; empty for all.
         comps: Names in ``compensate.METHODS``; empty for all.
-        tighten: Methods whose certificate is tightened: ``default`` or ``SCORE+COMP``.
+        tighten: Whether the certificate of every row is tightened, as those of bundles are.
         deviation: Whether the change of the output is bounded.
         bound_evals: Eigen-decompositions per block spent on that bound.
         rotation: Whether the rotation opponent takes part.
@@ -37,7 +36,7 @@ class StudyConfig:
     heads: tuple[float, ...] = (0.75, 0.5)
     scores: tuple[str, ...] = ()
     comps: tuple[str, ...] = ()
-    tighten: tuple[str, ...] = (DEFAULT,)
+    tighten: bool = True
     deviation: bool = True
     bound_evals: int = 0
     rotation: bool = True
@@ -51,9 +50,6 @@ class StudyConfig:
         for name, options in (("scores", SCORES), ("comps", METHODS)):
             for value in getattr(self, name):
                 one_of(f"study.{name}", value, options)
-        for method in self.tighten:
-            known = [DEFAULT, *(f"{s}+{c}" for s in SCORES for c in METHODS)]
-            one_of("study.tighten", method, known)
         for name in ("keeps", "heads"):
             for value in getattr(self, name):
                 within(f"study.{name}", value, 0.0, 1.0)

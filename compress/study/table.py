@@ -25,12 +25,14 @@ from common.files import write_json
 from common.reporting.runs import read_json
 from compress.adapters import LipschitzAdapter
 from compress.deviation.network import certified_deviation
+from compress.deviation.recertify import recertify
 from compress.flops import token_flops
+from compress.hold import certified_limit
 from compress.measure import Reference
 from compress.pruner import Survey, prune_model, survey
 from compress.settings import CompressConfig
 from compress.statistics.collect import Statistics, collect
-from compress.study.config import DEFAULT, KINDS, ROTATION, Case, StudyConfig
+from compress.study.config import KINDS, ROTATION, Case, StudyConfig
 from compress.study.config import cases as grid
 from compress.study.rotation import directions, slice_width, width_for
 from compress.study.verdict import mark
@@ -70,6 +72,7 @@ class Study:
         self._bytes_per_token = bytes_per_token
         self._adapter = LipschitzAdapter(self.dense)
         self._gains = self._adapter.amplifications(certificate)
+        self._limit = certified_limit(self.dense, certificate)
         self._surveys: dict[str, Survey] = {}
         self._identity = _identity(bundle, settings, base, texts)
 
@@ -139,7 +142,7 @@ class Study:
         began = time.monotonic()
         model, kept = self._model(case)
         quality = self._reference.quality(model)
-        proof = certify(model, tighten=False)
+        proof = self._proof(model, kept)
         certified = None
         if kept is not None and self.settings.deviation:
             certified = certified_deviation(
@@ -150,10 +153,6 @@ class Study:
                 changed_certificate=proof,
                 max_evals=self.settings.bound_evals,
             ).logits
-        tightened = None
-        names = (DEFAULT, case.method) if case.method == self.default else (case.method,)
-        if not set(names).isdisjoint(self.settings.tighten):
-            tightened = certify(model).tightened
         return dataclasses.asdict(case) | {
             "val_bits_per_byte": quality.bits_per_byte,
             "kl_nats": quality.kl_nats,
@@ -161,12 +160,19 @@ class Study:
             "measured_deviation": quality.deviation,
             "certified_deviation": certified,
             "cert_naive": proof.naive,
-            "cert_tightened": tightened,
+            "cert_tightened": proof.tightened if self.settings.tighten else None,
             "params": model.num_parameters,
             "flops": token_flops(model.config),
             "shape": self._timed(model, shapes),
             "seconds": time.monotonic() - began,
         }
+
+    def _proof(self, model: Any, kept: dict[str, Tensor] | None) -> Certificate:
+        """Certify a pruned model; a sliced one has no blocks in common with the dense one."""
+        tighten = self.settings.tighten
+        if kept is None:
+            return certify(model, tighten)
+        return recertify(self.dense, model, kept, self.certificate, tighten=tighten)
 
     def _model(self, case: Case) -> tuple[Any, dict[str, Tensor] | None]:
         """Return the pruned model and the kept inputs; None where the stream itself is cut."""
@@ -176,7 +182,14 @@ class Study:
         changes = {"score": case.score, "comp": case.comp, "order": case.order}
         settings = self._settings(case.kind, case.keep, **changes)
         found = self._survey(case.score) if case.order == "one_shot" else None
-        pruning = prune_model(self.dense, self.tokens_BT, settings, gains=self._gains, found=found)
+        pruning = prune_model(
+            self.dense,
+            self.tokens_BT,
+            settings,
+            gains=self._gains,
+            found=found,
+            limit=self._limit,
+        )
         return pruning.model, pruning.kept
 
     def _settings(self, kind: str, keep: float, **changes: Any) -> CompressConfig:

@@ -6,7 +6,7 @@ from typing import Any
 from compress.study.config import ROTATION
 
 KEPT = 1e-6
-"""Relative growth of the naive constant up to which a certificate counts as kept: rounding."""
+"""Relative growth of the bound up to which a certificate counts as kept: rounding."""
 TIE = 0.002
 """Bits per byte within which two methods are tied."""
 
@@ -22,7 +22,8 @@ def mark(
     Args:
         points: Rows of a study; ``keeps_certificate`` and ``mark`` (``best``, ``tied`` or empty)
             are set.
-        dense: Figures of the dense model; ``cert_naive`` is used.
+        dense: Figures of the dense model. A row keeps the certificate when its tightened bound,
+            or without one the bound from norms, is at most the dense one.
         default: The default method, ``SCORE+COMP``.
 
     Returns:
@@ -32,7 +33,8 @@ def mark(
         ``rotation_gap`` of the default to the rotation, negative where the default is better.
     """
     for point in points:
-        point["keeps_certificate"] = point["cert_naive"] <= dense["cert_naive"] * (1 + KEPT)
+        name = "cert_naive" if point["cert_tightened"] is None else "cert_tightened"
+        point["keeps_certificate"] = point[name] <= dense[name] * (1 + KEPT)
         point["mark"] = ""
     verdicts = []
     for kind, keep in sorted({(p["kind"], p["keep"]) for p in points}, key=_by_budget):

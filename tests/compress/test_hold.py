@@ -1,4 +1,4 @@
-"""The whole network's naive bound does not grow under caps, biases or not."""
+"""The certificate of the whole network does not grow under caps, biases or not."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
-from compress.hold import SHRINKS, fit_within, hold_bound
+from compress.hold import SHRINKS, certified_limit, fit_within, hold_bound, naive_limit
 from compress.pruner import prune_model
 from compress.settings import CompressConfig
 from solvers.bounds import certify
@@ -45,17 +45,18 @@ def test_the_smallest_shrink_that_is_enough_is_taken(make_model):
     model = make_model("relu", bias=False)
     settings = CompressConfig(keep=0.99, ridge=1e-4, comp="none")
     pruning = prune_model(model, TOKENS, settings)
-    targets = [fit.target for fit in pruning.fits]
     before = {name: tensor.clone() for name, tensor in pruning.model.state_dict().items()}
-    assert hold_bound(model, pruning.model, targets) == 0.0
+    assert hold_bound(pruning, naive_limit(model)) is pruning
     for name, tensor in pruning.model.state_dict().items():
         assert torch.equal(tensor, before[name])
     grown = make_model("relu", bias=False)
     with torch.no_grad():
         for layer in grown.layers:
             layer.mlp.down.weight *= 1.0005
-    shrink = hold_bound(model, grown, targets)
-    assert shrink == 1e-3 == SHRINKS[3]
+    old = grown.layers[0].mlp.down.weight.detach().clone()
+    held = hold_bound(dataclasses.replace(pruning, model=grown), naive_limit(model))
+    new = held.model.layers[0].mlp.down.weight.detach()
+    torch.testing.assert_close(new, (1 - SHRINKS[3]) * old, rtol=1e-12, atol=0)
     assert certify(grown, tighten=False).naive <= certify(model, tighten=False).naive
 
 
@@ -66,9 +67,33 @@ def test_what_cannot_be_held_is_said(make_model, caplog):
         grown.head.weight *= 2
     before = grown.layers[0].mlp.down.weight.clone()
     pruning = prune_model(model, TOKENS, CompressConfig(keep=0.9, comp="none", ridge=1e-4))
-    assert hold_bound(model, grown, [fit.target for fit in pruning.fits]) == 0.0
+    pruning = dataclasses.replace(pruning, model=grown)
+    assert hold_bound(pruning, naive_limit(model)) is pruning
     assert "biases outweigh" in caplog.text
     assert torch.equal(grown.layers[0].mlp.down.weight, before)
+
+
+@pytest.mark.parametrize("keeps", [(0.5, 1.0), (0.5, 0.5)], ids=["mlp", "both"])
+def test_a_tightened_certificate_is_held_and_used_up(make_model, keeps):
+    """Oracle: a new certificate; caps above the blocks' own norms are allowed by it alone."""
+    model = make_model("maxmin", heads=4, bias=False).float()
+    certificate = certify(model)
+    limit = certified_limit(model, certificate)
+    assert limit.most == certificate.tightened < certificate.naive
+    settings = CompressConfig(keep=keeps[0], keep_heads=keeps[1], ridge=1e-4)
+    by_norms = prune_model(model, TOKENS, settings)
+    used = prune_model(model, TOKENS, settings, limit=limit)
+    assert limit.of(used) <= certificate.tightened
+    assert certify(used.model).tightened <= certificate.tightened * (1 + 1e-6)
+    errors = [sum(fit.error for fit in each.fits) for each in (used, by_norms)]
+    assert errors[0] <= errors[1] * 1.01
+
+
+def test_a_certificate_from_norms_is_held_as_such(make_model):
+    """Without multipliers there is nothing tightened that could be used up."""
+    model = make_model("relu")
+    certificate = certify(model, tighten=False)
+    assert certified_limit(model, certificate).most == certificate.naive
 
 
 def test_slack_of_the_whole_bound_goes_to_the_caps(make_model):
@@ -98,7 +123,7 @@ def test_the_search_stops_below_the_limit(make_model):
             model.head.weight *= min(tau, 10.0) / 2.5
         return SimpleNamespace(model=model, fits=())
 
-    best = fit_within(dense, prune_at)
+    best = fit_within(prune_at, naive_limit(dense))
     assert asked[:2] == [1.0, math.inf]
     scale = float((best.model.head.weight / dense.head.weight).detach().mean())
     assert 0.7 < scale <= 1.0
@@ -138,8 +163,9 @@ def test_the_account_is_of_the_weights_that_were_made_smaller():
     """Oracle: the stored weights; the first place's error on its inputs, by hand."""
     model = biased_model(4)
     settings = CompressConfig(keep=0.5, ridge=1.0, score="random", seed=4, holdout=0.0)
-    pruning = prune_model(model, TOKENS, settings)
-    free = prune_model(model, TOKENS, dataclasses.replace(settings, tau=1 - 1e-9))
+    capped = dataclasses.replace(settings, tau=1 - 1e-9)
+    free = prune_model(model, TOKENS, capped)
+    pruning = hold_bound(prune_model(model, TOKENS, capped), naive_limit(model))
     names = [fit.target.name for fit in pruning.fits]
     shrunk = {fit.target.name: fit for fit in pruning.fits}
     for fit in free.fits:
