@@ -41,7 +41,7 @@ def frontier_points(
     tokens_BT, windows_BT = texts
     points = []
     gains = adapter_for(dense).amplifications(certificate)
-    limit = certified_limit(dense, certificate)
+    limit = certified_limit(dense, certificate, report.settings.hold)
     for keep in sorted(set(report.settings.frontier) - {report.settings.keep}, reverse=True):
         settings = dataclasses.replace(report.settings, keep=keep, order="one_shot")
         pruning = prune_model(dense, tokens_BT, settings, gains=gains, found=found, limit=limit)

@@ -15,7 +15,7 @@ import torch
 
 from common.certificate import Certificate
 from compress.adapters import adapter_for
-from compress.deviation.recertify import EVALS, recertify
+from compress.deviation.recertify import recertify
 from compress.fit import Fit
 from solvers.bounds import certify
 
@@ -53,20 +53,20 @@ def naive_limit(dense: Any) -> Limit:
     return Limit(most, lambda pruning: certify(pruning.model, tighten=False).naive)
 
 
-def certified_limit(dense: Any, certificate: Certificate, *, max_evals: int = EVALS) -> Limit:
-    """Return the limit by a transformer's certificate: tightened if solvers did, else by norms.
+def certified_limit(dense: Any, certificate: Certificate, hold: str = "tightened") -> Limit:
+    """Return the limit by a transformer's certificate.
 
     Args:
         dense: The model before pruning.
         certificate: Its proof.
-        max_evals: Effort on the pruned model's bound, see ``recertify``.
+        hold: ``tightened``: the proved constant where solvers tightened it, else the bound from
+            norms; ``naive``: always the latter.
     """
-    if not certificate.multipliers:
+    if hold == "naive" or not certificate.multipliers:
         return naive_limit(dense)
 
     def tightened(pruning: Any) -> float:
-        proof = recertify(dense, pruning.model, pruning.kept, certificate, max_evals=max_evals)
-        return proof.tightened
+        return recertify(dense, pruning.model, pruning.kept, certificate).tightened
 
     return Limit(certificate.tightened, tightened)
 

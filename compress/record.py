@@ -93,7 +93,7 @@ def _prune_transformer(
     certificate = require_certificate(bundle)
     check_model(bundle.config, settings)
     gains = adapter_for(bundle.model).amplifications(certificate)
-    limit = certified_limit(bundle.model, certificate)
+    limit = certified_limit(bundle.model, certificate, settings.hold)
     pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found, limit=limit)
     return make_report(bundle.model, certificate, pruning, held_BT, settings, **effort)
 

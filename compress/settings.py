@@ -12,6 +12,7 @@ from compress.scoring.fidelity import SCORES
 from compress.targets import Target
 
 ORDERS = ("sequential", "one_shot")
+HOLDS = ("tightened", "naive")
 CALIBRATIONS = ("data", "model", "random")
 AUTO = "auto"
 ENOUGH_TOKENS = 10
@@ -34,6 +35,8 @@ class CompressConfig:
             norms; ``inf`` lifts the cap. At 1 the naive bound of the whole network does not grow
             (biases can make it; a warning then says so), and what removed heads free of it goes
             to the caps.
+        hold: Which number of the certificate must not grow at ``tau=1``: ``tightened``, the proved
+            constant (without one the bound from norms), or always ``naive``, the bound from norms.
         bias: Let the biases of the pruned maps, where there are any, absorb the mean of what is
             removed.
         allocation: How layers share the budget; name in ``budgets.allocate.ALLOCATORS``.
@@ -61,6 +64,7 @@ class CompressConfig:
     score: str = "obs"
     comp: str = AUTO
     tau: float = 1.0
+    hold: str = "tightened"
     bias: bool = False
     allocation: str = "uniform"
     order: str = "sequential"
@@ -88,6 +92,7 @@ class CompressConfig:
         one_of("compress.score", self.score, SCORES)
         one_of("compress.comp", self.comp, (AUTO, *METHODS))
         one_of("compress.allocation", self.allocation, ALLOCATORS)
+        one_of("compress.hold", self.hold, HOLDS)
         one_of("compress.order", self.order, ORDERS)
         one_of("compress.calibration", self.calibration, CALIBRATIONS)
         if not self.tau > 0 or math.isnan(self.tau):

@@ -72,7 +72,7 @@ class Study:
         self._bytes_per_token = bytes_per_token
         self._adapter = LipschitzAdapter(self.dense)
         self._gains = self._adapter.amplifications(certificate)
-        self._limit = certified_limit(self.dense, certificate)
+        self._limit = certified_limit(self.dense, certificate, base.hold)
         self._surveys: dict[str, Survey] = {}
         self._identity = _identity(bundle, settings, base, texts)
 

@@ -94,6 +94,8 @@ def test_a_certificate_from_norms_is_held_as_such(make_model):
     model = make_model("relu")
     certificate = certify(model, tighten=False)
     assert certified_limit(model, certificate).most == certificate.naive
+    proved = certify(model)
+    assert certified_limit(model, proved, "naive").most == proved.naive
 
 
 def test_slack_of_the_whole_bound_goes_to_the_caps(make_model):
