@@ -30,8 +30,8 @@ def study(cfg: DictConfig, run: Run) -> Outcome:
     """Measure every method at every budget on the bundle that ``cfg.bundle`` names.
 
     Args:
-        cfg: Keys ``bundle``, ``study``, ``compress``, ``data``, ``seed``, ``device``.
-        run: Where to write; rows that are already there are kept.
+        cfg: Keys ``bundle``, ``study``, ``compress``, ``data``, ``seed``, ``device``, ``force``.
+        run: Where to write; rows that are already there are kept, unless ``force``.
 
     Returns:
         The ``study/*`` metrics; artifacts ``study`` (JSON) and ``table`` (CSV). The objective is
@@ -55,7 +55,10 @@ def study(cfg: DictConfig, run: Run) -> Outcome:
         texts(corpus, bundle, base),
         corpus.bytes_per_token,
     )
-    content = work.run(run.directory / FILE)
+    rows = run.directory / FILE
+    if cfg.get("force"):
+        rows.unlink(missing_ok=True)
+    content = work.run(rows)
     table = run.directory / "study.csv"
     _write_csv(table, text_rows(content))
     _print(text_rows(content, most=SHOWN))
@@ -71,7 +74,7 @@ def study(cfg: DictConfig, run: Run) -> Outcome:
             "study/certificate_growth": growth,
             "study/seconds": sum(point["seconds"] for point in content["points"]),
         },
-        artifacts={"study": run.directory / FILE, "table": table},
+        artifacts={"study": rows, "table": table},
         objective=max(gaps, default=0.0),
     )
 

@@ -3,13 +3,14 @@
 import logging
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from common.bundle import Bundle, load_bundle
 from common.config import build
 from common.device import resolve_device
 from common.document_classes import document_classes
-from common.errors import ConfigError, DataError
+from common.errors import BundleError, ConfigError, DataError
 from common.files import write_json
 from common.images import ImageConfig, load_images
 from common.runs import Outcome, Run, hydra_command
@@ -43,8 +44,7 @@ def unlearn_bundle(cfg: DictConfig, run: Run) -> Outcome:
     check_kind(bundle, data)
     retrained = None
     if settings.retrained is not None:
-        retrained = load_bundle(settings.retrained, device=device)
-        _check_twin(bundle, retrained)
+        retrained = _load_twin(settings.retrained, bundle, device)
     forgotten, report = unlearn(
         bundle,
         settings,
@@ -85,14 +85,19 @@ def _data(source: Any, bundle: Bundle, settings: UnlearnConfig) -> ClassData:
     return text_classes(texts, bundle.tokenizer, length, settings)
 
 
-def _check_twin(bundle: Bundle, retrained: Bundle) -> None:
-    """Refuse a model to compare with that reads other inputs."""
+def _load_twin(name: str, bundle: Bundle, device: torch.device) -> Bundle:
+    """Load the model to compare with; refuse one that reads other inputs."""
+    try:
+        retrained = load_bundle(name, device=device)
+    except BundleError as error:
+        raise BundleError(f"unlearn.retrained: {error}") from None
     old, new = (b.tokenizer and b.tokenizer.to_json() for b in (bundle, retrained))
     if bundle.kind != retrained.kind or old != new:
         raise ConfigError(
             f"unlearn.retrained={retrained.path}: another kind of model or tokenizer than bundle; "
             "give a model that was trained like it, without the class"
         )
+    return retrained
 
 
 def _metrics(report: UnlearnReport) -> dict[str, float]:

@@ -112,7 +112,7 @@ class Study:
         if not isinstance(content, dict) or content.get("identity") != self._identity:
             raise DataError(
                 f"{path}: rows of another model, text or settings; choose another hydra.run.dir "
-                "or remove the file"
+                "or set force=true, which makes all rows again"
             )
         return content
 

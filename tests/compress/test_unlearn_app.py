@@ -206,7 +206,7 @@ def test_an_interrupted_run_leaves_no_bundle(lipllm, classifier, monkeypatch):
         (["unlearn.recovery=lsq"], "unlearn.recovery=lsq: unlearn.method=ridge leaves no weight"),
         (["unlearn.forget=11"], "unlearn.forget=11: expected the number of a class, 0 to 9"),
         (["data=stdlib"], "a classifier, and data is text"),
-        (["unlearn.retrained=nowhere"], "nowhere"),
+        (["unlearn.retrained=nowhere"], "unlearn.retrained: bundle=nowhere: no such directory"),
         (["~unlearn.forget"], "forget"),
     ],
 )

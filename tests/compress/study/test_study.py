@@ -292,6 +292,21 @@ def test_command_writes_the_table(dense, tmp_path, capsys):
     assert "obs+lsq_capped (default)" in shown
 
 
+def test_force_makes_all_rows_again(dense, tmp_path, monkeypatch):
+    """Oracle: rows of other settings are refused without it; with it every row is made."""
+    small = {"scores": ["obs"], "comps": ["lsq_capped"], "rotation": False, "deviation": False}
+    cfg, run = configure(dense, tmp_path, heads=[], **small)
+    (run.directory / "study.json").write_text('{"identity": {}, "points": []}')
+    with pytest.raises(DataError, match="force=true"):
+        command(cfg, run)
+    made, make = [], Study._point
+    monkeypatch.setattr(Study, "_point", lambda *args: (made.append(args[1]), make(*args))[1])
+    forced = OmegaConf.merge(cfg, {"force": True})
+    for _ in range(2):
+        command(forced, run)
+    assert len(made) == 2 * len(set(made)) == 4
+
+
 def test_a_bundle_without_certificate_names_the_remedy(dense, tmp_path):
     """Oracle: the command that makes one."""
     bare = save_bundle(tmp_path / "bare", dense.model, dense.tokenizer)
