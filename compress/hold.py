@@ -79,12 +79,16 @@ def fit_within(prune_at: Callable[[float], Any], limit: Limit) -> Any:
         limit: The bound.
 
     Returns:
-        The pruning at ``tau = 1``, held; or one with higher caps where the bound leaves room, or
-        with lower ones where it does not.
+        The pruning without caps where the bound allows it, or nothing was removed; else with the
+        highest caps that it allows; at ``tau = 1``, held, where none of a few does.
 
     Source:
         Own derivation: the certificate is a product over blocks, so blocks may share its slack.
     """
+    free = prune_at(math.inf)
+    is_smaller = any(len(fit.kept_K) < fit.target.inputs for fit in free.fits)
+    if not is_smaller or limit.allows(free):
+        return free
     best = prune_at(1.0)
     found = limit.of(best)
     if limit.most < found <= NEAR * limit.most:
@@ -92,10 +96,6 @@ def fit_within(prune_at: Callable[[float], Any], limit: Limit) -> Any:
     if limit.most / WORTH <= found <= limit.most:
         return best
     low, high = (1.0, HIGHEST) if found <= limit.most else (1 / HIGHEST, 1.0)
-    if low == 1:
-        free = prune_at(math.inf)
-        if limit.allows(free):
-            return free
     chosen = None
     for _ in range(HALVINGS):
         middle = math.sqrt(low * high)

@@ -89,6 +89,15 @@ def test_a_tightened_certificate_is_held_and_used_up(make_model, keeps):
     assert errors[0] <= errors[1] * 1.01
 
 
+def test_keeping_everything_touches_nothing(make_model):
+    """Bit for bit, under a tightened certificate too, whatever a new search would find."""
+    model = make_model("maxmin", heads=4).float()
+    limit = certified_limit(model, certify(model))
+    same = prune_model(model, TOKENS, CompressConfig(keep=1.0), limit=limit._replace(most=0.0))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(same.model.state_dict()[name], tensor)
+
+
 def test_a_certificate_from_norms_is_held_as_such(make_model):
     """Without multipliers there is nothing tightened that could be used up."""
     model = make_model("relu")
@@ -123,10 +132,11 @@ def test_the_search_stops_below_the_limit(make_model):
         model = make_model("relu")
         with torch.no_grad():
             model.head.weight *= min(tau, 10.0) / 2.5
-        return SimpleNamespace(model=model, fits=())
+        fit = SimpleNamespace(kept_K=range(1), target=SimpleNamespace(inputs=2))
+        return SimpleNamespace(model=model, fits=(fit,))
 
     best = fit_within(prune_at, naive_limit(dense))
-    assert asked[:2] == [1.0, math.inf]
+    assert asked[:2] == [math.inf, 1.0]
     scale = float((best.model.head.weight / dense.head.weight).detach().mean())
     assert 0.7 < scale <= 1.0
 
