@@ -37,6 +37,7 @@ class CompressConfig:
             to the caps.
         hold: Which number of the certificate must not grow at ``tau=1``: ``tightened``, the proved
             constant (without one the bound from norms), or always ``naive``, the bound from norms.
+            Classifiers are held by norms.
         bias: Let the biases of the pruned maps, where there are any, absorb the mean of what is
             removed.
         allocation: How layers share the budget; name in ``budgets.allocate.ALLOCATORS``.

@@ -123,6 +123,16 @@ def test_keeping_everything_costs_nothing(dense, tokens):
     assert report.params_fraction == 1.0
 
 
+def test_a_model_from_which_nothing_went_keeps_its_certificate(make_model, tokens, tmp_path):
+    """The proof of the same weights, not a new and shorter search."""
+    model = make_model("maxmin", vocab_size=256, **LAYOUT)
+    proof = certify(model)
+    dense = save_bundle(tmp_path / "proved", model, ByteTokenizer(), certificate=proof)
+    same, report = prune(dense, dataclasses.replace(SETTINGS, keep=1.0, keep_heads=1.0), tokens())
+    assert same.certificate.tightened == report.after.tightened == proof.tightened
+    assert verify(same).tightened <= proof.tightened
+
+
 def test_infinite_settings_are_written_as_text(dense, tokens):
     """JSON knows no infinity."""
     settings = CompressConfig(keep=0.5, tau=math.inf, tokens=1)
