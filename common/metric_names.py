@@ -152,7 +152,7 @@ METRICS: dict[str, str] = {
     "within 0.002 bits per byte of it",
     "study/default_gap": "Largest loss of the default over the best that keeps the certificate, "
     "bits per byte",
-    "study/certificate_growth": "Largest naive bound of the default over the dense model's, factor",
+    "study/certificate_growth": "Largest bound of the default over the dense model's, factor",
     "study/seconds": "Time of all rows, seconds",
     "serve/kv_kept_fraction": "Share of the cache entries that the policy keeps",
     "serve/kv_budget": "Cache entries kept per head, tokens",

@@ -57,11 +57,7 @@ def compress_classifier(
         command=run.command,
     )
     size = [(path / WEIGHTS).stat().st_size for path in (bundle.path, pruned.path)]
-    metrics = report.metrics() | {
-        "compress/bundle_bytes": size[1] / size[0],
-        "compress/naive": report.after.naive,
-        "compress/tightened": report.after.tightened,
-    }
+    metrics = report.metrics() | {"compress/bundle_bytes": size[1] / size[0]}
     return Outcome(
         metrics=metrics,
         artifacts={"bundle": pruned.path},

@@ -101,6 +101,8 @@ class ClassifierReport:
             "measured_deviation": self.measured_deviation,
             "semi_empirical_deviation": self.semi_empirical_deviation,
             "certified_deviation": self.certified_deviation,
+            "naive": self.after.naive,
+            "tightened": self.after.tightened,
         }
         return {f"compress/{name}": float(value) for name, value in values.items()}
 

@@ -32,9 +32,8 @@ class CompressConfig:
         comp: How the kept weights make up for the removed ones: name in ``compensate.METHODS``,
             or ``auto``: ``lsq_capped`` where there is a certificate to keep, else ``lsq``.
         tau: Cap of ``lsq_capped``: allowed growth of the product of a block's two spectral
-            norms; ``inf`` lifts the cap. At 1 the naive bound of the whole network does not grow
-            (biases can make it; a warning then says so), and what removed heads free of it goes
-            to the caps.
+            norms; ``inf`` lifts the cap. At 1 the certificate of the whole network decides: caps
+            rise or fall until it does not grow (biases can make it; a warning then says so).
         hold: Which number of the certificate must not grow at ``tau=1``: ``tightened``, the proved
             constant (without one the bound from norms), or always ``naive``, the bound from norms.
             Classifiers are held by norms.

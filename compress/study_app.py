@@ -21,6 +21,7 @@ from compress.record import check_model, require_certificate
 from compress.settings import CompressConfig
 from compress.study.config import StudyConfig
 from compress.study.table import FILE, Study
+from compress.study.verdict import growth
 
 SHOWN = 4
 """Best rows per budget in the terminal, besides the default and the rotation."""
@@ -64,14 +65,14 @@ def study(cfg: DictConfig, run: Run) -> Outcome:
     _print(text_rows(content, most=SHOWN))
     gaps = [v["gap"] for v in content["verdicts"] if v["gap"] is not None]
     own = [p for p in content["points"] if f"{p['score']}+{p['comp']}" == work.default]
-    growth = max(point["cert_naive"] for point in own) / content["dense"]["cert_naive"]
+    grown = max(growth(point, content["dense"]) for point in own)
     return Outcome(
         metrics={
             "study/rows": len(content["points"]),
             "study/budgets": len(content["verdicts"]),
             "study/default_tied": sum(verdict["tied"] for verdict in content["verdicts"]),
             "study/default_gap": max(gaps, default=0.0),
-            "study/certificate_growth": growth,
+            "study/certificate_growth": grown,
             "study/seconds": sum(point["seconds"] for point in content["points"]),
         },
         artifacts={"study": rows, "table": table},

@@ -142,14 +142,6 @@ class Adapter(ABC):
         """Return weights pulled back until the block's naive bound is ``tau`` times the dense."""
         return weight_KO
 
-    def amplifications(self, certificate: Any) -> dict[str, float]:
-        """Return by how much an error of each pruned map can move the final stream (l2).
-
-        Args:
-            certificate: Proof of this model.
-        """
-        raise NotImplementedError(f"{type(self).__name__}: its models have no certificate")
-
     def working_copy(self) -> Self:
         """Return an adapter around a deep copy of the model."""
         return type(self)(copy.deepcopy(self.model))
@@ -157,6 +149,20 @@ class Adapter(ABC):
     def find(self, name: str) -> Target:
         """Return a target by its name."""
         return next(target for target in self.targets() if target.name == name)
+
+
+class CertifiableAdapter(Adapter):
+    """One model with a Lipschitz certificate, which ``cap`` and ``bounded`` protect."""
+
+    certifiable = True
+
+    @abstractmethod
+    def amplifications(self, certificate: Any) -> dict[str, float]:
+        """Return by how much an error of each pruned map can move the final stream (l2).
+
+        Args:
+            certificate: Proof of this model.
+        """
 
 
 @contextlib.contextmanager

@@ -14,14 +14,13 @@ from torch import Tensor
 from common.classifier_certificate import ClassifierCertificate
 from common.models import LipschitzMLP
 from common.norms import EIGEN_MARGIN, round_up, spectral_norm
-from compress.adapters.base import Adapter, Stage
+from compress.adapters.base import CertifiableAdapter, Stage
 from compress.targets import Target
 
 
-class ClassifierAdapter(Adapter):
+class ClassifierAdapter(CertifiableAdapter):
     """A ``LipschitzMLP``: the inputs of every matrix but the first can go."""
 
-    certifiable = True
     reach = 2
 
     def targets(self) -> tuple[Target, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.certificate import Certificate
 from common.models import LayerConfig, LipschitzTransformer, ModelConfig
 from common.norms import spectral_norm
-from compress.adapters.base import Adapter, Stage
+from compress.adapters.base import CertifiableAdapter, Stage
 from compress.flops import token_flops
 from compress.targets import Target
 
@@ -22,10 +22,8 @@ RESERVE = 1e-6
 """Relative distance to the limit, for rounding to the stored type."""
 
 
-class LipschitzAdapter(Adapter):
+class LipschitzAdapter(CertifiableAdapter):
     """A ``LipschitzTransformer``; blocks with residual weight 0 have no effect and no target."""
-
-    certifiable = True
 
     def targets(self) -> tuple[Target, ...]:
         """Return heads and MLP of every layer that has an effect."""

@@ -45,13 +45,18 @@ def recertify(
     Returns:
         A certificate of exactly the changed weights; the given one where nothing has changed.
     """
-    is_same = certificate.config_sha256 == config_sha256(changed.config)
-    if is_same and certificate.weights_sha256 == tensors_sha256(changed.state_dict()):
+    if _is_of(certificate, changed):
         return certificate
     steps = min(max_evals // EVALS_PER_STEP, TightenSettings().steps(dense.config.width))
     settings = TightenSettings(max_evals=max_evals, stream_steps=steps)
     warm = warm_multipliers(certificate.multipliers, _survivors(dense, kept)) if tighten else None
     return certify(changed, tighten, settings=settings, warm=warm)
+
+
+def _is_of(certificate: Certificate, model: Any) -> bool:
+    """Return whether a certificate speaks about exactly these weights and this configuration."""
+    is_same = certificate.config_sha256 == config_sha256(model.config)
+    return is_same and certificate.weights_sha256 == tensors_sha256(model.state_dict())
 
 
 def _survivors(dense: Any, kept: Mapping[str, Tensor]) -> dict[int, Tensor]:

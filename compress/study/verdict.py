@@ -33,8 +33,7 @@ def mark(
         ``rotation_gap`` of the default to the rotation, negative where the default is better.
     """
     for point in points:
-        name = "cert_naive" if point["cert_tightened"] is None else "cert_tightened"
-        point["keeps_certificate"] = point[name] <= dense[name] * (1 + KEPT)
+        point["keeps_certificate"] = growth(point, dense) <= 1 + KEPT
         point["mark"] = ""
     verdicts = []
     for kind, keep in sorted({(p["kind"], p["keep"]) for p in points}, key=_by_budget):
@@ -66,6 +65,12 @@ def mark(
             }
         )
     return verdicts
+
+
+def growth(point: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
+    """Return by what factor a row's bound has grown: the tightened one, or without one by norms."""
+    name = "cert_naive" if point["cert_tightened"] is None else "cert_tightened"
+    return float(point[name] / dense[name])
 
 
 def method(point: Mapping[str, Any]) -> str:
