@@ -11,6 +11,7 @@ from typing import Literal
 
 from common.config import check_types, positive, within
 from common.errors import ConfigError
+from serve.engine.blocks import BlockTable
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -143,7 +144,7 @@ class Sequence:
     tokens: list[int]
     num_tokens: int = 0
     kv_len: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: BlockTable = field(default_factory=BlockTable)
     compressed: bool = False
     reserved: int = 0
     state: State = State.WAITING
