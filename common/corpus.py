@@ -34,6 +34,7 @@ from common.sources import (
     stdlib_files,
 )
 from common.streaming import StreamPlan, prepare_stream
+from common.tasks import task_files
 from common.tokenizer import (
     Tokenizer,
     tokenizer_from_json,
@@ -247,6 +248,8 @@ def _sample(source: Files | Hub, column: str) -> list[bytes]:
 def _source(config: DataConfig) -> Files | Hub:
     if config.source == "stdlib":
         return stdlib_files()
+    if config.task is not None and config.max_bytes is not None:
+        return task_files(config.task, config.max_bytes, Path(config.cache))
     if config.path:
         return local_files(Path(config.path).expanduser(), as_bytes=config.source == "bytes")
     if config.source in HUB_CORPORA:

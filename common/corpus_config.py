@@ -5,9 +5,10 @@ import dataclasses
 from common.config import check_types, one_of, positive
 from common.errors import ConfigError
 from common.sources import HUB_CORPORA
+from common.tasks import Task
 from common.tokenizer import KINDS
 
-SOURCES = ("stdlib", *HUB_CORPORA, "local", "bytes", "hub")
+SOURCES = ("stdlib", *HUB_CORPORA, "local", "bytes", "hub", "task")
 # Their rows are consecutive lines of one text, not documents.
 CONTINUOUS = ("wikitext", "shakespeare", "bytes")
 
@@ -19,7 +20,9 @@ class DataConfig:
     Attributes:
         source: ``stdlib`` (the running interpreter's library), ``shakespeare``, ``wikitext``,
             ``fineweb``, ``fineweb_edu`` (from the hub, or from ``path``), ``local`` (text, jsonl
-            or parquet at ``path``), ``bytes`` (any file at ``path``), ``hub`` (data set ``name``).
+            or parquet at ``path``), ``bytes`` (any file at ``path``), ``hub`` (data set ``name``),
+            ``task`` (documents of ``task``).
+        task: Generator of the text, for source ``task``.
         path: File or directory; required for ``local`` and ``bytes``.
         name: Hub repository, ``owner/name``.
         subset: Hub subset, or None.
@@ -31,7 +34,7 @@ class DataConfig:
             the hub (``gpt2`` without it: the hub's).
         vocab_size: Number of ids of a BPE tokenizer that is trained (default 1,024).
         val_fraction: Share of the bytes held out, above 0, at most 0.5.
-        max_bytes: Use only the first so many bytes, or None for all.
+        max_bytes: Use only the first so many bytes, or None for all; of a task so many are made.
         stream: Read the text as a stream, in bounded memory, resumable: documents are held out by
             their hashes, and local files are known by name, size and time.
         max_tokens: Training tokens after which a streamed corpus ends, or None for all.
@@ -39,6 +42,7 @@ class DataConfig:
     """
 
     source: str = "stdlib"
+    task: Task | None = None
     path: str | None = None
     name: str | None = None
     subset: str | None = None
@@ -65,6 +69,7 @@ class DataConfig:
                 positive(f"data.{field}", getattr(self, field))
         if self.source in ("local", "bytes") and not self.path:
             raise ConfigError(f"data.path: data.source={self.source} needs it; set data.path=FILE")
+        self._check_task()
         if self.source == "stdlib" and self.path:
             raise ConfigError(
                 f"data.path={self.path}: data.source=stdlib takes no path; use data=local"
@@ -94,4 +99,15 @@ class DataConfig:
             raise ConfigError(
                 "data.tokenizer=char: its alphabet needs the whole text, which a stream never has; "
                 "set data.stream=false, or data.tokenizer=byte"
+            )
+
+    def _check_task(self) -> None:
+        if (self.source == "task") != (self.task is not None):
+            raise ConfigError(
+                f"data.task={self.task}: data.source={self.source}, expected a task with source "
+                "task and only there; use data=recall"
+            )
+        if self.task is not None and self.max_bytes is None:
+            raise ConfigError(
+                "data.max_bytes=null: a task writes text without end; set data.max_bytes=4000000"
             )

@@ -1,0 +1,99 @@
+"""Induction: in a random sequence a piece comes again; what followed it must follow again."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.config import positive, within
+from common.errors import ConfigError
+from common.tasks.base import Example, Task, matching_share, written
+
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Induction(Task):
+    """Random symbols that end with the cue of an earlier piece; the answer is the piece's rest.
+
+    Attributes:
+        length: Characters of an example's prompt; documents have about as many.
+        piece: Characters of a piece that comes again.
+        cue: How many of them an example shows; the rest is the answer.
+        symbols: Number of different symbols, up to 26.
+        repeats: Share of a document's pieces that repeat an earlier one.
+    """
+
+    length: int = 240
+    piece: int = 8
+    cue: int = 3
+    symbols: int = 26
+    repeats: float = 0.5
+    name: ClassVar[str] = "induction"
+
+    def __post_init__(self) -> None:
+        # The two-argument form: slots make a new class, which super() without them misses.
+        super(Induction, self).__post_init__()
+        within("task.symbols", self.symbols, 2, len(SYMBOLS))
+        within("task.repeats", self.repeats, 0.0, 1.0)
+        positive("task.cue", self.cue)
+        if self.piece <= self.cue:
+            raise ConfigError(
+                f"task.piece={self.piece}: expected more than task.cue={self.cue}; raise it"
+            )
+        if self.length < self.piece + self.cue:
+            raise ConfigError(
+                f"task.length={self.length}: expected at least piece + cue = "
+                f"{self.piece + self.cue}; raise it"
+            )
+        # A random sequence must have a chance of not repeating the cue.
+        if self.symbols**self.cue < self.length:
+            raise ConfigError(
+                f"task.cue={self.cue}: {self.symbols} symbols have fewer cues than task.length="
+                f"{self.length}; raise cue or symbols"
+            )
+
+    def document(self, index: int) -> str:
+        """Return random pieces, some of which repeat an earlier one of the same document."""
+        generator = self.generator("document", index)
+        pieces: list[str] = []
+        for _ in range(max(2, self.length // self.piece)):
+            if pieces and generator.random() < self.repeats:
+                pieces.append(generator.choice(pieces))
+            else:
+                pieces.append("".join(generator.choices(self._alphabet, k=self.piece)))
+        return "".join(pieces) + self.end
+
+    def example(self, index: int) -> Example:
+        """Return a prompt of ``length`` characters whose last ``cue`` stand there only once before.
+
+        The fact ``position`` is the start of the piece as a share of the prompt.
+        """
+        generator = self.generator("example", index)
+        length = self.length - self.cue
+        while True:
+            text = "".join(generator.choices(self._alphabet, k=length))
+            start = generator.randint(0, length - self.piece)
+            cue = text[start : start + self.cue]
+            # Overlaps count: the cue may not straddle the end either.
+            if (text + cue).find(cue, start + 1) == length and text.find(cue) == start:
+                break
+        return Example(
+            prompt=text + cue,
+            answer=text[start + self.cue : start + self.piece],
+            needles=((start, start + self.piece),),
+            facts={"position": start / self.length},
+        )
+
+    def score(self, example: Example, output: str) -> dict[str, float]:
+        """Return ``exact`` and ``symbols`` (the share of symbols at their place).
+
+        Only as many symbols as the answer has are read: the sequence could go on.
+        """
+        text = written(output, self.end)[: len(example.answer)]
+        return {
+            "exact": float(text == example.answer),
+            "symbols": matching_share(example.answer, text),
+        }
+
+    @property
+    def _alphabet(self) -> str:
+        return SYMBOLS[: self.symbols]

@@ -1,0 +1,73 @@
+"""The induction task: a piece that comes again goes on as before."""
+
+import pytest
+
+from common.errors import ConfigError
+from common.tasks import Induction
+
+SMALL = Induction(length=30, piece=5, cue=2, symbols=8, seed=1)
+TASK = pytest.mark.parametrize("task", [Induction(), SMALL], ids=["default", "small"])
+
+
+def solve(prompt: str, cue: int, rest: int) -> list[str]:
+    """Return what followed each earlier occurrence of the prompt's last ``cue`` symbols."""
+    last = len(prompt) - cue
+    starts = [i for i in range(last) if prompt[i : i + cue] == prompt[last:]]
+    return [prompt[i + cue : i + cue + rest] for i in starts]
+
+
+@TASK
+def test_prompt_determines_the_answer(task: Induction) -> None:
+    """Oracle: a loop over all positions finds one earlier cue, and the answer after it."""
+    for example in task.examples(150):
+        assert len(example.prompt) == task.length
+        assert len(example.answer) == task.piece - task.cue
+        assert solve(example.prompt, task.cue, len(example.answer)) == [example.answer]
+        ((first, last),) = example.needles
+        assert example.prompt[first:last] == example.prompt[-task.cue :] + example.answer
+
+
+def test_cues_reach_back_over_the_whole_prompt() -> None:
+    """Oracle: starts are uniform; quartiles within 0.05."""
+    found = sorted(example.facts["position"] for example in Induction().examples(800))
+    for quarter in (1, 2, 3):
+        assert found[200 * quarter] == pytest.approx(0.25 * quarter, abs=0.05)
+
+
+@pytest.mark.parametrize("repeats", [0.0, 0.5, 1.0])
+def test_documents_repeat_the_wanted_share_of_pieces(repeats: float) -> None:
+    """Oracle: pieces that stood earlier in the document, counted; the first one never did."""
+    task = Induction(repeats=repeats)
+    seen = total = 0
+    for index in range(150):
+        text = task.document(index).removesuffix("\n")
+        pieces = [text[i : i + task.piece] for i in range(0, len(text), task.piece)]
+        seen += sum(piece in pieces[:i] for i, piece in enumerate(pieces))
+        total += len(pieces) - 1
+    assert seen / total == pytest.approx(repeats, abs=0.03)
+
+
+def test_only_as_many_symbols_as_the_answer_are_read() -> None:
+    """Oracle: by hand; the sequence may go on, but must not stop early."""
+    task = Induction(length=30, piece=5, cue=2)
+    example = task.example(0)
+    a, b, c = example.answer
+    assert task.score(example, example.answer + "xyz") == {"exact": 1.0, "symbols": 1.0}
+    assert task.score(example, a + b) == {"exact": 0.0, "symbols": 2 / 3}
+    assert task.score(example, a + b + "\n" + c) == {"exact": 0.0, "symbols": 2 / 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"piece": 3}, "task.piece=3: expected more than task.cue=3"),
+        ({"length": 10}, "task.length=10: expected at least piece . cue = 11"),
+        ({"symbols": 2}, "task.cue=3: 2 symbols have fewer cues than task.length=240"),
+        ({"symbols": 27}, "task.symbols=27"),
+        ({"repeats": 1.5}, "task.repeats=1.5"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
+    """Oracle: the message names the value and what was expected."""
+    with pytest.raises(ConfigError, match=message):
+        Induction(**settings)
