@@ -165,7 +165,7 @@ def _compare(
     others = _frontier_policies(settings, llm, tokens_NT)
     policies = list(dict.fromkeys([llm.policy or FullPolicy(), *others]))
     stats = next((s for p in policies if (s := policy_stats(llm.bundle, p)) is not None), None)
-    ledger = llm.core.tracker.ledger
+    ledger = llm.core.ledger
     with progress_bar("compare", len(policies)) as advance:
         return frontier(
             llm.model,

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from common.errors import ShapeError
 from common.models import LipschitzTransformer
+from serve.engine.runner import Stats
 from serve.engine.scheduler import EngineConfig
 from serve.kv import Policy
 from serve.kv.eviction import EvictionLedger
-from serve.replay import Stats, replay
+from serve.replay import replay
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -167,7 +167,7 @@ class LLM:
         text = self.tokenizer.decode(tokens[:-1] if ends_in_stop_token else tokens)
         cuts = [text.index(stop) for stop in params.stop if stop in text]
         reason = sequence.finish_reason or "abort"
-        is_tracked = self.core.tracker.ledger is not None
+        is_tracked = self.core.ledger is not None
         return RequestOutput(
             text=text[: min(cuts)] if cuts else text,
             token_ids=tokens,

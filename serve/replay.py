@@ -4,26 +4,24 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.models import LipschitzTransformer
+from serve.decoder import Decoder, as_decoder
 from serve.engine.blocks import BlockManager
-from serve.engine.certified import DeviationTracker
+from serve.engine.engine import accompany
 from serve.engine.request import Item, Request, SamplingParams
 from serve.engine.request import Sequence as Running
-from serve.engine.runner import Runner
+from serve.engine.runner import Runner, Stats
 from serve.engine.scheduler import EngineConfig
 from serve.kv import Policy
 from serve.kv.eviction import EvictionLedger
 
 SPEED_TOKENS = 16  # single-token steps at the end of each window that measure the decode speed
 PAIRS = 1 << 17  # (query, slot) pairs of a chunk: bounds the memory of gathered keys
-
-Stats = Sequence[Mapping[str, Tensor] | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Replay:
 
 
 def replay(
-    model: LipschitzTransformer,
+    model: LipschitzTransformer | Decoder,
     tokens_NT: Tensor,
     policy: Policy | None = None,
     stats: Stats = None,
@@ -67,7 +65,7 @@ def replay(
         config: Block size and backend.
     """
     config = config or EngineConfig()
-    session = Session(model, tokens_NT, policy, stats, DeviationTracker(ledger), config)
+    session = Session(as_decoder(model), tokens_NT, policy, stats, ledger, config)
     length, tail = tokens_NT.shape[1], min(SPEED_TOKENS, tokens_NT.shape[1] // 2)
     session.advance(length - tail)
     start = time.perf_counter()
@@ -89,20 +87,22 @@ class Session:
 
     def __init__(
         self,
-        model: LipschitzTransformer,
+        decoder: Decoder,
         tokens_NT: Tensor,
         policy: Policy | None,
         stats: Stats,
-        tracker: DeviationTracker,
+        ledger: EvictionLedger | None,
         config: EngineConfig,
     ) -> None:
-        self.policy, self.stats, self.tracker = policy, stats, tracker
+        self.policy, self.stats, self.ledger = policy, stats, ledger
         self.trigger = math.inf if policy is None or policy.trigger is None else policy.trigger
         slots = int(min(tokens_NT.shape[1], self.trigger))
         per_window = -(-slots // config.block_size)
         self.blocks = BlockManager(per_window * len(tokens_NT), config.block_size)
-        backend = config.backend
-        self.runner = Runner(model, self.blocks.num_blocks, config.block_size, backend)
+        self.companions = accompany(decoder, policy, ledger)
+        self.runner = Runner(
+            decoder, self.blocks.num_blocks, config.block_size, config.backend, self.companions
+        )
         self.sequences = [_running(index, row) for index, row in enumerate(tokens_NT.tolist())]
         self.chunk = max(1, PAIRS // (slots * len(tokens_NT)))
         self.logits: list[Tensor] = []
@@ -122,14 +122,13 @@ class Session:
     def close(self) -> None:
         """Give back the ledger rows."""
         for sequence in self.sequences:
-            self.tracker.close(sequence)
+            self.companions.close(sequence)
 
     def _run(self, count: int) -> None:
         items = [Item(sequence=sequence, count=count) for sequence in self.sequences]
         for sequence in self.sequences:
             self.blocks.grow(sequence.block_table, sequence.kv_len + count)
-        observer = self.tracker.observer(items, as_decodes=True)
-        logits = self.runner.forward(items, observer=observer, as_decodes=True)
+        logits = self.runner.forward(items, as_decodes=True)
         logits_NTV = logits.unflatten(0, (len(items), count))
         self.logits.append(logits_NTV)
         first = self.sequences[0]
@@ -139,15 +138,14 @@ class Session:
         self._record(logits_NTV)
 
     def _record(self, logits_NTV: Tensor) -> None:
-        ledger = self.tracker.ledger
-        if ledger is None:
+        if self.ledger is None:
             return
         rows = [row for s in self.sequences if (row := s.ledger_row) is not None]
         if not rows:
             self.certified_N = torch.zeros(len(self.sequences), dtype=torch.float64)
             self.keeps.append(torch.ones(logits_NTV.shape[:2], dtype=torch.bool))
             return
-        deviation = ledger.deviation(rows)
+        deviation = self.ledger.deviation(rows)
         self.certified_N = deviation.logits_R.cpu()
         steps = [deviation.keeps_top1(logits_NV) for logits_NV in logits_NTV.unbind(1)]
         self.keeps.append(torch.stack(steps, dim=1).cpu())
@@ -156,8 +154,7 @@ class Session:
         assert self.policy is not None
         budget = self.policy.budget or 0
         rows = [(s, self.blocks.plan_compaction(s.block_table, budget)) for s in self.sequences]
-        evicting = self.tracker.evicting(self.sequences)
-        self.runner.compact(rows, self.policy, self.stats, evicting)
+        self.runner.compact(rows, self.policy, self.stats)
         for sequence, plan in rows:
             self.blocks.commit_compaction(sequence.block_table, plan)
             sequence.kv_len, sequence.compressed = budget, True

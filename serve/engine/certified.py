@@ -1,63 +1,56 @@
-"""Connects sequences with the eviction ledger: which rows to observe, what to report per token."""
+"""Connects sequences with the eviction ledger: what to observe, what to report per token."""
 
-# Legend: R rows, V vocabulary.
+# Legend: R rows, N queries, H query heads, K key/value heads, V vocabulary.
 
 from collections.abc import Sequence as Rows
 
 from torch import Tensor
 
-from serve.engine.attention import Observer
-from serve.engine.request import Item, Sequence
-from serve.engine.runner import Evicting
-from serve.kv import LayerView
+from serve.engine.attention import Part
+from serve.engine.companions import Companion
+from serve.engine.request import Sequence
 from serve.kv.eviction import EvictionLedger
+from serve.kv.view import CacheView
 
 
-class DeviationTracker:
-    """Certified deviation of running sequences; does nothing without a ledger.
+class DeviationTracker(Companion):
+    """Certified deviation of running sequences.
 
     A sequence gets a ledger row at its first compaction: before it, its deviation is zero.
     """
 
-    def __init__(self, ledger: EvictionLedger | None) -> None:
+    def __init__(self, ledger: EvictionLedger) -> None:
         self.ledger = ledger
 
-    def observer(self, items: Rows[Item], *, as_decodes: bool = False) -> Observer | None:
-        """Return the observer of a forward pass over ``items``, None if none lost anything."""
-        ledger = self.ledger
-        rows: list[int | None] = []
-        for item in items:
-            if as_decodes or item.is_decode:
-                rows += [item.sequence.ledger_row] * item.count
-        chosen = [(i, row) for i, row in enumerate(rows) if row is not None]
-        if ledger is None or not chosen:
-            return None
-        pick, ledger_rows = [i for i, _ in chosen], [row for _, row in chosen]
+    def attended(self, part: Part, sequences: Rows[Sequence]) -> None:
+        """Bound the deviation of every query whose sequence has lost something."""
+        if part.lse_NH is None:
+            return
+        if part.chunk is not None:
+            sequences = list(sequences) * len(part.q_NHD)
+        chosen = [(i, s.ledger_row) for i, s in enumerate(sequences) if s.ledger_row is not None]
+        if not chosen:
+            return
+        pick, rows = [i for i, _ in chosen], [row for _, row in chosen]
+        self.ledger.observe(
+            part.layer,
+            rows,
+            part.q_NHD[pick],
+            part.o_NHD[pick],
+            part.lse_NH[pick],
+            part.positions_N[pick],
+        )
 
-        def observe(layer: int, q: Tensor, o: Tensor, lse: Tensor, positions: Tensor) -> None:
-            ledger.observe(layer, ledger_rows, q[pick], o[pick], lse[pick], positions[pick])
-
-        return observe
-
-    def evicting(self, sequences: Rows[Sequence]) -> Evicting | None:
-        """Return what tells the ledger of a compaction of ``sequences``."""
-        ledger = self.ledger
-        if ledger is None:
-            return None
+    def compacting(self, view: CacheView, sequences: Rows[Sequence], keep_RKS: Tensor) -> None:
+        """Tell the ledger what is about to be lost."""
         for sequence in sequences:
             if sequence.ledger_row is None:
-                sequence.ledger_row = ledger.open()
+                sequence.ledger_row = self.ledger.open()
         rows = [sequence.ledger_row for sequence in sequences if sequence.ledger_row is not None]
-
-        def evict(view: LayerView, keep_RKS: Tensor) -> None:
-            ledger.evict(view, rows, keep_RKS)
-
-        return evict
+        self.ledger.evict(view, rows, keep_RKS)
 
     def record(self, sequences: Rows[Sequence], logits_RV: Tensor) -> None:
         """Append the bound at the token that each sequence is about to get."""
-        if self.ledger is None:
-            return
         lost = [i for i, sequence in enumerate(sequences) if sequence.ledger_row is not None]
         bounds, keeps = [0.0] * len(sequences), [True] * len(sequences)
         if lost:
@@ -77,6 +70,6 @@ class DeviationTracker:
 
     def close(self, sequence: Sequence) -> None:
         """Give back the row of a sequence that ended."""
-        if self.ledger is not None and sequence.ledger_row is not None:
+        if sequence.ledger_row is not None:
             self.ledger.close(sequence.ledger_row)
             sequence.ledger_row = None

@@ -9,7 +9,6 @@ products of other shapes), so a token can differ where two candidates tie to abo
 import itertools
 import logging
 import secrets
-from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 
 import torch
@@ -17,8 +16,12 @@ from torch import Tensor
 
 from common.errors import DataError
 from common.models import LipschitzTransformer
+from serve.decoder import Decoder, as_decoder
 from serve.engine.blocks import BlockManager
 from serve.engine.certified import DeviationTracker
+from serve.engine.companions import Companion, Companions
+from serve.engine.evidence import Evidence
+from serve.engine.pools import block_bytes
 from serve.engine.request import (
     FinishReason,
     Item,
@@ -27,7 +30,7 @@ from serve.engine.request import (
     Sequence,
     new_tokens_limit,
 )
-from serve.engine.runner import Runner, block_bytes
+from serve.engine.runner import Runner, Stats
 from serve.engine.sampler import Choice, sample
 from serve.engine.scheduler import Compaction, EngineConfig, Scheduler
 from serve.kv import Policy
@@ -36,12 +39,12 @@ from serve.kv.eviction import EvictionLedger
 log = logging.getLogger(__name__)
 
 
-def pool_blocks(model: LipschitzTransformer, config: EngineConfig) -> int:
+def pool_blocks(decoder: Decoder, config: EngineConfig) -> int:
     """Return the number of blocks: as configured, or for ``max_num_seqs`` contexts within bytes."""
     if config.num_blocks is not None:
         return config.num_blocks
-    per_context = -(-model.config.context // config.block_size)
-    size = block_bytes(model.config, config.block_size, model.embedding.weight.dtype)
+    per_context = -(-decoder.context // config.block_size)
+    size = block_bytes(decoder.layers, config.block_size, decoder.dtype)
     return max(per_context, min(config.max_num_seqs * per_context, config.cache_bytes // size))
 
 
@@ -49,7 +52,7 @@ class EngineCore:
     """Continuous batching of requests over one model and one pool.
 
     Args:
-        model: Model in evaluation mode on its device.
+        model: Model in evaluation mode on its device, ours or any as a ``Decoder``.
         config: Engine settings.
         policy: Cache policy; None or one without a budget never compacts.
         stats: Calibration statistics of each layer, for policies that need them.
@@ -58,21 +61,28 @@ class EngineCore:
 
     def __init__(
         self,
-        model: LipschitzTransformer,
+        model: LipschitzTransformer | Decoder,
         config: EngineConfig | None = None,
         policy: Policy | None = None,
-        stats: Rows[Mapping[str, Tensor] | None] | None = None,
+        stats: Stats = None,
         ledger: EvictionLedger | None = None,
     ) -> None:
-        self.model, self.config = model, config or EngineConfig()
+        self.decoder, self.config = as_decoder(model), config or EngineConfig()
         self.policy, self.stats = policy, None if stats is None else list(stats)
-        blocks = BlockManager(pool_blocks(model, self.config), self.config.block_size)
+        blocks = BlockManager(pool_blocks(self.decoder, self.config), self.config.block_size)
         compaction = None
         if policy is not None and policy.budget is not None:
             compaction = Compaction(budget=policy.budget, interval=policy.interval)
         self.scheduler = Scheduler(self.config, blocks, compaction)
-        self.runner = Runner(model, blocks.num_blocks, blocks.block_size, self.config.backend)
-        self.tracker = DeviationTracker(ledger)
+        self.ledger = ledger
+        self.companions = accompany(self.decoder, policy, ledger)
+        self.runner = Runner(
+            self.decoder,
+            blocks.num_blocks,
+            blocks.block_size,
+            self.config.backend,
+            self.companions,
+        )
         self._live: dict[str, Sequence] = {}
         self._names = itertools.count()
 
@@ -104,12 +114,12 @@ class EngineCore:
             DataError: if the prompt is empty, foreign to the vocabulary, leaves no room in the
                 context, or can never fit the pool.
         """
-        check_prompt(prompt, self.model.config.vocab_size, self.model.config.context)
+        check_prompt(prompt, self.decoder.vocab_size, self.decoder.context)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._live:
             raise DataError(f"request id {name!r} is in use; choose another")
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        limit = new_tokens_limit(len(prompt), self.model.config.context, params.max_tokens)
+        limit = new_tokens_limit(len(prompt), self.decoder.context, params.max_tokens)
         request = Request(
             request_id=name,
             prompt=tuple(prompt),
@@ -165,10 +175,7 @@ class EngineCore:
 
     def _forward(self, items: list[Item]) -> Tensor:
         groups = [[item] for item in items] if self.config.deterministic else [items]
-        parts = [
-            self.runner.forward(group, observer=self.tracker.observer(group)) for group in groups
-        ]
-        return torch.cat(parts)
+        return torch.cat([self.runner.forward(group) for group in groups])
 
     def _append(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
         requests = [sequence.request for sequence in sequences]
@@ -178,7 +185,7 @@ class EngineCore:
             [request.seed for request in requests],
             [sequence.num_tokens for sequence in sequences],
         )
-        self.tracker.record(sequences, logits_RV)
+        self.companions.record(sequences, logits_RV)
         for sequence, choice in zip(sequences, choices, strict=True):
             self._take(sequence, choice)
 
@@ -199,7 +206,7 @@ class EngineCore:
             budget, blocks = self.policy.budget or 0, self.scheduler.blocks
             rows = [(s, blocks.plan_compaction(s.block_table, budget)) for s in group]
             try:
-                self.runner.compact(rows, self.policy, self.stats, self.tracker.evicting(group))
+                self.runner.compact(rows, self.policy, self.stats)
             except BaseException:
                 for _, plan in rows:
                     blocks.cancel_compaction(plan)
@@ -210,8 +217,19 @@ class EngineCore:
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         sequence.finish_reason, sequence.error = reason, error
         self.scheduler.finish(sequence)
-        self.tracker.close(sequence)
+        self.companions.close(sequence)
         self._live.pop(sequence.request.request_id, None)
+
+
+def accompany(decoder: Decoder, policy: Policy | None, ledger: EvictionLedger | None) -> Companions:
+    """Return what accompanies the sequences: the policy's evidence, then the proof."""
+    companions: list[Companion] = []
+    observer = policy.observer(decoder) if policy is not None else None
+    if observer is not None:
+        companions.append(Evidence(observer))
+    if ledger is not None:
+        companions.append(DeviationTracker(ledger))
+    return Companions(companions)
 
 
 def check_prompt(prompt: Rows[int], vocab_size: int, context: int) -> None:

@@ -1,38 +1,35 @@
 """Runs the model over the paged cache; owns the pools, knows neither scheduling nor text.
 
-All tokens of a step form one flat axis of one-token rows, and the model is called only with its
-``attend`` hook (``attention.py``), so nothing here repeats a layer.
+All tokens of a step form one flat axis, and the model is called only with its ``attend`` hook
+(``attention.py``), so nothing here repeats a layer.
 """
 
 # Legend: N tokens of the step (flat), R decode rows, W table width (blocks), K key/value heads,
-# S cached slots, D head width, C model width, V vocabulary.
+# S cached slots, D head width, V vocabulary.
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from common.models import LipschitzTransformer, ModelConfig
-from serve.engine.attention import Batch, Chunk, LayerPool, Observer, PagedAttention
+from serve.decoder import Decoder
+from serve.engine.attention import Batch, Chunk, PagedAttention
 from serve.engine.blocks import BlockPlan
+from serve.engine.companions import Companions
+from serve.engine.evidence import Evidence
+from serve.engine.pools import Pools
 from serve.engine.request import Item, Sequence
 from serve.kernels import compact_kv
-from serve.kv import LayerView, Policy, choose
+from serve.kv import Policy
+from serve.kv.selection import choose
+from serve.kv.view import CacheView, stack_stats
+
+Stats = Rows[Mapping[str, Tensor] | None] | None
 
 # Multiplications of a step below which a second CPU thread does not pay: about 1 ms of one core.
 SMALL_WORK = 8_000_000
-
-Evicting = Callable[[LayerView, Tensor], None]
-"""Called per layer with the view and the kept slots ``keep_RKS`` before the data is moved."""
-
-
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one block over all layers: keys, values and positions."""
-    layers = [config.layer(index) for index in range(config.layers)]
-    return sum(
-        layer.kv_heads * block_size * (2 * layer.head_dim * dtype.itemsize + 4) for layer in layers
-    )
 
 
 def pad_tables(tables: list[list[int]], device: torch.device) -> Tensor:
@@ -60,38 +57,36 @@ class Runner:
     """Model and cache pools on one device.
 
     Args:
-        model: Model in evaluation mode; its dtype is the cache's.
+        decoder: The model; its dtype is the cache's.
         num_blocks: Blocks in each layer's pool.
         block_size: Slots per block.
         backend: Kernel backend.
+        companions: Hear of every attention and compaction.
     """
 
     def __init__(
-        self, model: LipschitzTransformer, num_blocks: int, block_size: int, backend: str = "auto"
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        backend: str = "auto",
+        companions: Companions | None = None,
     ) -> None:
-        self.model = model
+        self.decoder = decoder
         self.block_size = block_size
         self.backend = backend
-        self.num_parameters = model.num_parameters
-        weight = model.embedding.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.pools = [self._pool(num_blocks, index) for index in range(model.config.layers)]
+        self.companions = companions or Companions([])
+        self.device, self.dtype = decoder.device, decoder.dtype
+        self.pools = Pools(decoder, num_blocks, block_size)
 
     @torch.inference_mode()
-    def forward(
-        self,
-        items: list[Item],
-        *,
-        observer: Observer | None = None,
-        as_decodes: bool = False,
-    ) -> Tensor:
+    def forward(self, items: list[Item], *, as_decodes: bool = False) -> Tensor:
         """Run the next tokens of each item and write their keys and values to the cache.
 
         The caller has allocated the slots, and advances the sequences afterwards.
 
         Args:
             items: What to run; lengths of the sequences are those before the step.
-            observer: Sees the attention of decode rows, ordered as their items.
             as_decodes: Treat every token as a decode row (same result up to rounding) and return
                 the logits of all of them: teacher forcing over a compressed cache.
 
@@ -99,23 +94,25 @@ class Runner:
             Logits (items, V) after each item's last token; all tokens (N, V) with ``as_decodes``.
         """
         order = sorted(range(len(items)), key=lambda index: not items[index].is_decode)
-        batch = self._batch([items[index] for index in order], as_decodes)
-        attend = PagedAttention(self.model, self.pools, batch, self.backend, observer)
-        with _few_threads(self.num_parameters * len(batch.tokens_N)):
-            x_N1C = self.model.embed(batch.tokens_N[:, None])
-            x_N1C = self.model.stream(x_N1C, batch.positions_N[:, None], attend)
-            if not as_decodes:
-                inverse = sorted(range(len(order)), key=order.__getitem__)
-                x_N1C = x_N1C[[batch.last[index] for index in inverse]]
-            return self.model.logits(x_N1C)[:, 0]
+        ordered = [items[index] for index in order]
+        batch = self._batch(ordered, as_decodes)
+        decodes = [item for item in ordered if as_decodes or item.is_decode]
+        listener = self.companions.listener(
+            [item.sequence for item in decodes for _ in range(item.count)],
+            [item.sequence for item in ordered[len(decodes) :]],
+        )
+        layers = self.pools.layers
+        attend = PagedAttention(self.decoder.layers, layers, batch, self.backend, listener)
+        last_M = None
+        if not as_decodes:
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            last_M = self._tensor([batch.last[index] for index in inverse])
+        with _few_threads(self.decoder.num_parameters * len(batch.tokens_N)):
+            return self.decoder.forward(batch.tokens_N, batch.positions_N, attend, last_M)
 
     @torch.inference_mode()
     def compact(
-        self,
-        rows: list[tuple[Sequence, BlockPlan]],
-        policy: Policy,
-        stats: list[Mapping[str, Tensor]] | None = None,
-        evicting: Evicting | None = None,
+        self, rows: list[tuple[Sequence, BlockPlan]], policy: Policy, stats: Stats = None
     ) -> None:
         """Choose the slots that each sequence keeps, per layer and head, and move them.
 
@@ -123,30 +120,53 @@ class Runner:
             rows: Sequences with the blocks their slots move to.
             policy: Chooses the slots.
             stats: Calibration statistics of each layer, for policies that need them.
-            evicting: Sees what is about to be lost.
         """
+        by_budget: dict[int, list[tuple[Sequence, BlockPlan]]] = {}
+        for sequence, plan in rows:
+            budget = policy.budget_for(len(sequence.request.prompt))
+            by_budget.setdefault(budget, []).append((sequence, plan))
+        for budget, part in by_budget.items():
+            self._compact(part, policy, stats, budget)
+
+    def _compact(
+        self, rows: list[tuple[Sequence, BlockPlan]], policy: Policy, stats: Stats, budget: int
+    ) -> None:
+        sequences = [sequence for sequence, _ in rows]
         tables_RW = pad_tables([list(plan.source) for _, plan in rows], self.device)
         targets_RW = pad_tables([list(plan.target) for _, plan in rows], self.device)
-        lengths_R = self._tensor([sequence.kv_len for sequence, _ in rows])
-        positions_R = self._tensor([sequence.num_tokens for sequence, _ in rows])
-        for index, pool in enumerate(self.pools):
-            view = LayerView.of(
-                self.model,
-                index,
+        views = self._views(sequences, tables_RW, stats)
+        for view, keep_RKS in zip(views, choose(policy, views, budget), strict=True):
+            self.companions.compacting(view, sequences, keep_RKS)
+            targets = self.pools.group_tables(view.layers, targets_RW)
+            pools = (view.k_pool, view.v_pool, view.pos_pool)
+            compact_kv(*pools, view.tables_RN, keep_RKS, targets, backend=self.backend)
+
+    def _views(self, sequences: list[Sequence], tables_RW: Tensor, stats: Stats) -> list[CacheView]:
+        evidence = next((c for c in self.companions.companions if isinstance(c, Evidence)), None)
+        rows = [] if evidence is None else evidence.rows(sequences)
+        views = []
+        for group, pool in zip(self.pools.groups, self.pools.group_pools, strict=True):
+            specs, layers = [self.decoder.layers[layer] for layer in group], len(group)
+            biases = [spec.bias_HT for spec in specs if spec.bias_HT is not None]
+            view = CacheView(
+                layers=group,
+                spec=specs[0],
+                bias_LHT=torch.stack(biases) if biases else None,
+                context=self.decoder.context,
                 k_pool=pool.keys,
                 v_pool=pool.values,
                 pos_pool=pool.positions,
-                tables_RN=tables_RW,
-                lengths_R=lengths_R,
-                positions_R=positions_R,
-                stats=None if stats is None else stats[index],
+                tables_RN=self.pools.group_tables(group, tables_RW),
+                lengths_R=self._tensor([s.kv_len for s in sequences] * layers),
+                positions_R=self._tensor([s.num_tokens for s in sequences] * layers),
+                prompts_R=self._tensor([len(s.request.prompt) for s in sequences] * layers),
+                seeds_R=self._tensor([s.request.seed for s in sequences] * layers),
+                stats=stack_stats(stats, group),
+                observed={} if evidence is None else evidence.observer.observed(group, rows),
                 backend=self.backend,
             )
-            keep_RKS = choose(policy, view)
-            if evicting is not None:
-                evicting(view, keep_RKS)
-            pools = (pool.keys, pool.values, pool.positions)
-            compact_kv(*pools, tables_RW, keep_RKS, targets_RW, backend=self.backend)
+            views.append(view)
+        return views
 
     def _batch(self, items: list[Item], as_decodes: bool) -> Batch:
         tokens: list[int] = []
@@ -188,13 +208,6 @@ class Runner:
         kv_len = sequence.kv_len + item.count
         table = sequence.block_table[: -(-kv_len // self.block_size)]
         return Chunk(rows, self._tensor(table)[None], kv_len, sequence.compressed)
-
-    def _pool(self, num_blocks: int, index: int) -> LayerPool:
-        layer = self.model.config.layer(index)
-        shape = (num_blocks, layer.kv_heads, self.block_size)
-        keys = torch.zeros(*shape, layer.head_dim, dtype=self.dtype, device=self.device)
-        positions = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        return LayerPool(keys, torch.zeros_like(keys), positions)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
-from serve.kv.policy import LayerView, Policy, register
+from serve.kv.policy import Policy, register
+from serve.kv.view import CacheView
 
 
 @register
@@ -28,7 +29,7 @@ class FullPolicy(Policy):
             )
         Policy.__post_init__(self)
 
-    def score(self, view: LayerView) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Return equal scores (R, K, S), float32."""
         return torch.zeros_like(view.slot_positions(), dtype=torch.float32)
 
@@ -49,6 +50,6 @@ class WindowPolicy(Policy):
         if self.budget is None:
             raise ConfigError("kv.budget=null: the window policy expects a number of tokens")
 
-    def score(self, view: LayerView) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Return the positions (R, K, S) as scores, float64 (exact for any length)."""
         return view.slot_positions().double()

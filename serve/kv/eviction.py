@@ -19,7 +19,6 @@ from common.config import positive
 from common.errors import CertificateError
 from common.models import LipschitzTransformer
 from common.norms import spectral_norm_bound
-from serve.kernels import gather_pages
 from serve.kv.deviation import (
     OUTWARD,
     ROUNDINGS,
@@ -28,7 +27,7 @@ from serve.kv.deviation import (
     head_deviation,
     log_mass_bound,
 )
-from serve.kv.policy import LayerView
+from serve.kv.view import CacheView
 
 LARGEST = 1 << 22  # float64 numbers of a temporary
 
@@ -121,25 +120,22 @@ class EvictionLedger:
         self._free.append(row)
 
     @torch.inference_mode()
-    def evict(self, view: LayerView, rows: Sequence[int], keep_RKS: Tensor) -> None:
-        """Note what a compaction of one layer is about to drop; call it before ``compact_kv``.
+    def evict(self, view: CacheView, rows: Sequence[int], keep_RKS: Tensor) -> None:
+        """Note what a compaction of some layers is about to drop; call it before ``compact_kv``.
 
         Args:
-            view: The layer's cache before the compaction, one row per sequence.
-            rows: Ledger row of each row of the view, distinct.
+            view: The cache before the compaction.
+            rows: Ledger row of each sequence of the view, distinct.
             keep_RKS: Slots that survive, from ``choose``.
         """
         positions_RKS = view.slot_positions()
         is_gone_RKS = (positions_RKS >= 0).scatter(2, keep_RKS, False)
+        given = (view.keys(), view.values(), positions_RKS, is_gone_RKS)
         index = self._rows(rows)
-        summary = self.summaries[view.index].take(index)
-        k_RKSD = gather_pages(view.k_pool, view.tables_RN)
-        v_RKSD = gather_pages(view.v_pool, view.tables_RN)
-        # Stale slots may hold anything; zero times NaN would not be zero.
-        is_stale = (positions_RKS < 0)[..., None]
-        k_RKSD, v_RKSD = k_RKSD.masked_fill(is_stale, 0), v_RKSD.masked_fill(is_stale, 0)
-        summary.add(k_RKSD, v_RKSD, positions_RKS, is_gone_RKS)
-        self.summaries[view.index].put(index, summary)
+        for layer, *own in zip(view.layers, *(x.split(len(rows)) for x in given), strict=True):
+            summary = self.summaries[layer].take(index)
+            summary.add(*own)
+            self.summaries[layer].put(index, summary)
         self._compressed.update(rows)
 
     @torch.inference_mode()

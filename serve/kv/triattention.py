@@ -17,7 +17,9 @@ from torch import Tensor
 from common.config import positive
 from common.errors import BundleError, ConfigError
 from serve.kernels import score_keys
-from serve.kv.policy import LayerView, Policy, register
+from serve.kv.policy import Policy, register
+from serve.kv.selection import is_protected
+from serve.kv.view import CacheView
 
 SIGMA_MIN = 1e-6  # scores that vary less are all equal (spec: population deviation, no noise)
 OFFSET_MAX = 65536
@@ -137,16 +139,17 @@ class TriAttentionPolicy(Policy):
         if self.offset_max is not None:
             positive("kv.offset_max", self.offset_max)
 
-    def score(self, view: LayerView) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Return the z-score (R, K, S) of the mean future logit, combined over the group."""
         pos_RKS = view.slot_positions()
         rows, kv_heads, slots = pos_RKS.shape
         raw_RKGS = self.raw_scores(view).view(rows, kv_heads, -1, slots)
         raw_RKGS = raw_RKGS.masked_fill((pos_RKS < 0)[:, :, None], 0)
-        z_RKGS = standardize(raw_RKGS, (pos_RKS >= 0) & ~self.protected(pos_RKS))
+        protected = is_protected(self, pos_RKS, view.prompts_R)
+        z_RKGS = standardize(raw_RKGS, (pos_RKS >= 0) & ~protected)
         return z_RKGS.amax(2) if self.group == "max" else z_RKGS.mean(2)
 
-    def raw_scores(self, view: LayerView) -> Tensor:
+    def raw_scores(self, view: CacheView) -> Tensor:
         """Return the mean future logit plus the norm term (R, H, S); unfilled slots vary.
 
         Purely positional heads have no content: their score is the mean bias alone.
@@ -156,32 +159,35 @@ class TriAttentionPolicy(Policy):
         """
         offsets_O = query_offsets(self.offset_max, view.context).to(view.k_pool.device)
         pos_RKS = view.slot_positions()
-        group = view.config.group
-        if view.config.content_heads:
+        group = view.spec.group
+        if view.spec.content_heads:
             raw_RHS = self._content_scores(view, offsets_O)
         else:
             raw_RHS = torch.zeros_like(pos_RKS, dtype=torch.float32).repeat_interleave(group, 1)
-        if view.bias_HT is None:
+        if view.bias_LHT is None:
             return raw_RHS
-        table_HT = mean_future_bias(view.bias_HT.to(raw_RHS.dtype), offsets_O)
+        table_HT = mean_future_bias(view.bias_LHT.to(raw_RHS.dtype).flatten(0, 1), offsets_O)
+        table_RHT = view.rows_of(table_HT.unflatten(0, view.bias_LHT.shape[:2]))
         distance_RKS = (view.positions_R[:, None, None] - pos_RKS).clamp(0, view.context)
         index_RHS = distance_RKS.repeat_interleave(group, dim=1)
-        return raw_RHS + table_HT.expand(len(index_RHS), -1, -1).gather(2, index_RHS)
+        return raw_RHS + table_RHT.gather(2, index_RHS)
 
-    def _content_scores(self, view: LayerView, offsets_O: Tensor) -> Tensor:
+    def _content_scores(self, view: CacheView, offsets_O: Tensor) -> Tensor:
         if view.stats is None:
             raise BundleError(
-                f"layer {view.index} has no calibration statistics; run lipllm calibrate first"
+                f"layers {list(view.layers)} have no calibration statistics; run lipllm calibrate"
             )
-        scale, device = view.config.logit_scale, view.k_pool.device
-        q_mean_HF2, q_abs_HF = view.stats["q_mean"].to(device), view.stats["q_abs"].to(device)
-        frequency_F = view.inverse_frequency.to(device)
-        u_RHD = scale * query_form(q_mean_HF2, frequency_F, view.positions_R, offsets_O)
-        e_HF = scale * norm_weights(q_mean_HF2, q_abs_HF, self.norm_term)
+        spec, device = view.spec, view.k_pool.device
+        q_mean_LHF2, q_abs_LHF = view.stats["q_mean"].to(device), view.stats["q_abs"].to(device)
+        frequency_F = spec.inverse_frequency.to(device)
+        positions_Q = view.positions_R[: view.requests]
+        u_RHD = torch.cat(
+            [query_form(mean, frequency_F, positions_Q, offsets_O) for mean in q_mean_LHF2]
+        )
+        e_LHF = norm_weights(q_mean_LHF2, q_abs_LHF, self.norm_term)
         # Positional heads share the pool but have no content: zero rows.
-        extra = view.config.heads - view.config.content_heads
-        u_RHD = torch.nn.functional.pad(u_RHD, (0, 0, 0, extra))
-        e_HF = torch.nn.functional.pad(e_HF, (0, 0, 0, extra))
-        e_RHF = e_HF.expand(len(u_RHD), -1, -1)
+        extra = spec.heads - spec.content_heads
+        u_RHD = torch.nn.functional.pad(spec.scale * u_RHD, (0, 0, 0, extra))
+        e_RHF = view.rows_of(torch.nn.functional.pad(spec.scale * e_LHF, (0, 0, 0, extra)))
         tables, lengths = view.tables_RN, view.lengths_R
         return score_keys(view.k_pool, tables, lengths, u_RHD, e_RHF, backend=view.backend)

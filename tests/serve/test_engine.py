@@ -20,7 +20,7 @@ from serve.engine.request import SamplingParams, Sequence
 from serve.engine.sampler import sample
 from serve.engine.scheduler import EngineConfig
 from serve.kernels import gather_pages
-from serve.kv import FullPolicy, LayerView, Policy, WindowPolicy
+from serve.kv import CacheView, FullPolicy, Policy, WindowPolicy
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 # Greedy text of a random model soon repeats itself; sampled text does not.
@@ -36,7 +36,7 @@ class FirstComponentPolicy(Policy):
 
     name: ClassVar[str] = "first-component"
 
-    def score(self, view: LayerView) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Return k[..., 0] with the sign of the next query's position."""
         sign_R11 = 1 - 2 * (view.positions_R % 2)[:, None, None]
         return gather_pages(view.k_pool, view.tables_RN)[..., 0] * sign_R11
@@ -84,6 +84,7 @@ class DenseCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.kept: dict[int, Tensor] = {}
+        self.pinned = policy.sinks
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from the T newest tokens to all tokens not hidden, causally."""
@@ -113,7 +114,7 @@ class DenseCache:
                 newest = max(alive)
 
                 def rank(slot: int, layer: int = layer, head: int = head, newest=newest) -> tuple:
-                    protected = slot < self.policy.sinks or slot > newest - self.policy.window
+                    protected = slot < self.pinned or slot > newest - self.policy.window
                     score = slot
                     if isinstance(self.policy, FirstComponentPolicy):
                         sign = 1 - 2 * (self.keys[layer].shape[2] % 2)
@@ -128,6 +129,8 @@ class DenseCache:
         """Return the tokens and their logits under eviction."""
         prompt, params = sequence.request.prompt, sequence.request.params
         tokens, rows, fresh = list(prompt), [], list(prompt)
+        if 2 * len(prompt) <= self.policy.budget:
+            self.pinned = max(self.pinned, len(prompt))
         with torch.no_grad():
             for _ in range(params.max_tokens):
                 positions = torch.arange(len(tokens) - len(fresh), len(tokens))[None]

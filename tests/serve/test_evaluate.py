@@ -7,7 +7,7 @@ import torch
 
 from common.errors import ShapeError
 from common.models import LipschitzTransformer, ModelConfig
-from serve.engine.certified import DeviationTracker
+from serve.decoder import as_decoder
 from serve.engine.request import Item
 from serve.engine.scheduler import EngineConfig
 from serve.evaluate import frontier, full_logits, score_policy, with_budget
@@ -162,10 +162,10 @@ def test_a_chunk_over_a_compressed_cache_equals_single_tokens(model, tokens_NT) 
     """Oracle: decode rows; the dense path must use each head's own positions."""
     policy = TriAttentionPolicy(budget=14, interval=5, sinks=2, window=4)
     stats = layer_stats(calibrate(model, [tokens_NT]), model.config)
-    tracker, config = DeviationTracker(None), EngineConfig(block_size=4)
+    config = EngineConfig(block_size=4)
     logits = []
     for as_decodes in (True, False):
-        session = Session(model, tokens_NT, policy, stats, tracker, config)
+        session = Session(as_decoder(model), tokens_NT, policy, stats, None, config)
         session.advance(40)
         for sequence in session.sequences:
             session.blocks.grow(sequence.block_table, sequence.kv_len + 4)

@@ -8,8 +8,9 @@ import torch
 
 from common.errors import CertificateError, ConfigError
 from common.models import LipschitzTransformer, ModelConfig
+from serve.decoder import layer_spec
 from serve.kernels import compact_kv, paged_decode
-from serve.kv import LayerView, choose, eviction, policy_by_name
+from serve.kv import CacheView, choose, eviction, policy_by_name
 from serve.kv.calibrate import calibrate, layer_stats
 from serve.kv.deviation import (
     AttentionConstants,
@@ -107,12 +108,18 @@ class CompressedRun:
     def compact(self):
         """Cut every layer's cache to the budget."""
         for index, (keys, values, pos) in enumerate(self.pools):
-            view = LayerView.of(
-                self.model, index, k_pool=keys, v_pool=values, pos_pool=pos,
+            spec = layer_spec(self.model.layers[index].attention)
+            stats = self.stats[index]
+            view = CacheView(
+                layers=(index,), spec=spec,
+                bias_LHT=None if spec.bias_HT is None else spec.bias_HT[None],
+                context=self.model.config.context, k_pool=keys, v_pool=values, pos_pool=pos,
                 tables_RN=self.tables, lengths_R=torch.tensor([self.kv_len]),
-                positions_R=torch.tensor([self.position + 1]), stats=self.stats[index],
+                positions_R=torch.tensor([self.position + 1]),
+                prompts_R=torch.tensor([LENGTH]), seeds_R=torch.tensor([0]),
+                stats=None if stats is None else {k: x[None] for k, x in stats.items()},
             )  # fmt: skip
-            keep = choose(self.policy, view)
+            keep = choose(self.policy, [view], self.policy.budget)[0]
             self.ledger.evict(view, [self.row], keep)
             compact_kv(keys, values, pos, self.tables, keep, self.tables)
         self.kv_len = self.policy.budget

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from common.errors import ConfigError, ShapeError
+from common.errors import ConfigError
 from common.models import LipschitzTransformer, ModelConfig
-from serve.kv import POLICIES, FullPolicy, LayerView, WindowPolicy, choose, policy_by_name, select
+from serve.decoder import layer_spec
+from serve.kv import POLICIES, CacheView, FullPolicy, WindowPolicy, choose, policy_by_name
+from serve.kv.selection import is_protected
 
 COMPRESSING = sorted(name for name in POLICIES if name != "full")
 
@@ -23,16 +25,21 @@ def random_view(lengths, *, kv_heads=2, group=2, width=8, slots=40, seed=0):
     positions = torch.stack([torch.randperm(120)[:slots].sort().values for _ in lengths])
     pos_pool = positions.view(rows, pages, 1, 8).expand(-1, -1, kv_heads, -1).reshape(shape).int()
     q_mean = torch.randn(kv_heads * group, width // 2, 2, dtype=torch.float64)
-    view = LayerView.of(
-        model,
-        0,
+    spec = layer_spec(model.layers[0].attention)
+    view = CacheView(
+        layers=(0,),
+        spec=spec,
+        bias_LHT=spec.bias_HT[None],
+        context=128,
+        prompts_R=torch.full((rows,), 100),
+        seeds_R=torch.arange(rows),
         k_pool=torch.randn(*shape, width),
         v_pool=torch.randn(*shape, width),
         pos_pool=pos_pool,
         tables_RN=torch.arange(rows * pages).view(rows, pages).int(),
         lengths_R=torch.tensor(lengths),
         positions_R=positions[torch.arange(rows), torch.tensor(lengths) - 1] + 1,
-        stats={"q_mean": q_mean, "q_abs": 1.2 * q_mean.norm(dim=-1)},
+        stats={"q_mean": q_mean[None], "q_abs": 1.2 * q_mean.norm(dim=-1)[None]},
     )
     return view, positions
 
@@ -42,7 +49,7 @@ def test_kept_slots_honour_budget_sinks_and_window(name):
     """Property of every policy: distinct filled slots in order, protected ones among them."""
     view, positions = random_view([40, 27, 20])
     policy = policy_by_name(name, budget=14, sinks=6, window=5, interval=3)
-    keep = choose(policy, view)
+    keep = choose(policy, [view], policy.budget)[0]
     assert keep.shape == (3, 2, 14)
     assert keep.dtype == torch.int64
     assert bool((keep.diff(dim=-1) > 0).all())
@@ -60,35 +67,30 @@ def test_selection_does_not_depend_on_the_batch(name):
     """Property: a row chooses the same slots alone as beside others."""
     view, _ = random_view([40, 27, 20])
     policy = policy_by_name(name, budget=14, sinks=2, window=4)
-    together = choose(policy, view)
+    together = choose(policy, [view], 14)[0]
     for row in range(3):
-        fields = {field: getattr(view, field) for field in LayerView.__slots__}
-        for field in ("tables_RN", "lengths_R", "positions_R"):
+        fields = {field: getattr(view, field) for field in CacheView.__slots__}
+        for field in ("tables_RN", "lengths_R", "positions_R", "prompts_R", "seeds_R"):
             fields[field] = fields[field][row : row + 1]
-        assert torch.equal(choose(policy, LayerView(**fields))[0], together[row])
+        alone = choose(policy, [CacheView(**fields)], 14)[0]
+        assert torch.equal(alone[0], together[row])
 
 
-def test_select_keeps_the_best_scores_and_breaks_ties_by_position():
-    """Oracle: a sorted list of (score, position) pairs."""
-    policy = WindowPolicy(budget=5, sinks=1, window=1)
-    scores = torch.tensor([[[9.0, 1.0, 3.0, 1.0, 3.0, 1.0, 0.0, 7.0]]])
-    positions = torch.tensor([[[0, 11, 2, 9, 4, 10, 30, -1]]])
-    # Slots 0 (sink) and 6 (newest) are protected; 4 and 2 score best; of the ties 11 is newest.
-    assert select(policy, scores, positions).tolist() == [[[0, 1, 2, 4, 6]]]
-
-
-def test_select_keeps_everything_of_a_short_row():
-    """Oracle: the contract; unfilled slots follow the filled ones."""
-    policy = WindowPolicy(budget=4, sinks=1, window=1)
-    positions = torch.tensor([[[0, 1, 2, -1, -1]]])
-    kept = select(policy, torch.rand(1, 1, 5), positions)
-    assert kept[0, 0, :3].tolist() == [0, 1, 2]
+def test_protection_covers_sinks_recent_tokens_and_short_prompts():
+    """Oracle: the definition, token by token."""
+    policy = WindowPolicy(budget=8, sinks=1, window=2)
+    positions = torch.tensor([[[0, 11, 2, 9, 4, 10, 3, -1]]] * 2)
+    protected = is_protected(policy, positions, torch.tensor([4, 5]))
+    # A prompt of 4 is at most half the budget and pinned, one of 5 is not.
+    expected = [{0, 11, 2, 10, 3}, {0, 11, 10}]
+    for row in range(2):
+        assert set(positions[row][protected[row]].tolist()) == expected[row]
 
 
 def test_window_keeps_sinks_and_the_most_recent_positions():
     """Oracle: the definition of the policy."""
     view, positions = random_view([40])
-    keep = choose(WindowPolicy(budget=12, sinks=8, window=2), view)
+    keep = choose(WindowPolicy(budget=12, sinks=8, window=2), [view], 12)[0]
     sinks = int((positions[0] < 8).sum())
     expected = [*range(sinks), *range(40 - (12 - sinks), 40)]
     assert keep[0, 0].tolist() == expected
@@ -122,12 +124,3 @@ def test_impossible_options_are_refused_in_one_line(name, options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         policy_by_name(name, **options)
     assert "\n" not in str(caught.value)
-
-
-def test_select_refuses_what_it_cannot_cut():
-    """Oracle: the error contract."""
-    scores = torch.zeros(1, 1, 4)
-    with pytest.raises(ShapeError, match="budget None"):
-        select(FullPolicy(), scores, scores.long())
-    with pytest.raises(ShapeError, match="equal shapes"):
-        select(WindowPolicy(), scores, torch.zeros(1, 1, 5, dtype=torch.int64))

@@ -9,7 +9,8 @@ import torch
 from common.errors import BundleError, ConfigError
 from common.models import LayerConfig
 from common.models.rope import inverse_frequencies, rotate, rotation
-from serve.kv import LayerView, TriAttentionPolicy
+from serve.decoder import LayerSpec
+from serve.kv import CacheView, TriAttentionPolicy
 from serve.kv.triattention import (
     mean_future_bias,
     norm_weights,
@@ -79,35 +80,45 @@ def make_view(config, *, lengths, context=64, dtype=torch.float64, seed=0, gap=9
     q_mean = torch.randn(heads, bands, 2, generator=generator, dtype=torch.float64)
     stats = {"q_mean": q_mean, "q_abs": q_mean.norm(dim=-1) * 1.3, "inv_freq": frequency}
     bias = torch.randn(config.heads, context, generator=generator, dtype=torch.float64)
-    view = LayerView(
-        index=0,
-        config=config,
-        context=context,
+    spec = LayerSpec(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=width,
+        content_heads=config.content_heads,
+        scale=config.logit_scale,
         inverse_frequency=frequency,
         bias_HT=bias if config.position_bias else None,
+    )
+    view = CacheView(
+        layers=(0,),
+        spec=spec,
+        context=context,
+        bias_LHT=bias[None] if config.position_bias else None,
         k_pool=rotated.to(dtype),
         v_pool=torch.zeros(*shape, width, dtype=dtype),
         pos_pool=pos.int(),
         tables_RN=torch.arange(rows, dtype=torch.int32)[:, None],
         lengths_R=lengths_R,
         positions_R=newest_R + 1,
-        stats=stats if heads else None,
+        prompts_R=newest_R + 1,
+        seeds_R=torch.zeros_like(newest_R),
+        stats={name: x[None] for name, x in stats.items()} if heads else None,
     )
     return view, keys
 
 
 def direct_raw(view, keys, offsets, row, head, slot):
     """Scaled published score plus the mean of the reachable biases, for one slot."""
-    config, t = view.config, int(view.positions_R[row])
+    config, t = view.spec, int(view.positions_R[row])
     p = int(view.pos_pool[row, head // config.group, slot])
     expected = 0.0
     if head < config.content_heads:
         stats, key = view.stats, keys[row, head // config.group, slot]
-        args = (stats["q_mean"][head], stats["q_abs"][head], key, view.inverse_frequency)
-        expected = config.softmax_scale / config.head_dim * direct_score(*args, t, p, offsets)
-    if view.bias_HT is not None:
+        args = (stats["q_mean"][0, head], stats["q_abs"][0, head], key, config.inverse_frequency)
+        expected = config.scale * direct_score(*args, t, p, offsets)
+    if view.bias_LHT is not None:
         reachable = [t - p + o for o in offsets if t - p + o < view.context] or [t - p]
-        expected += sum(float(view.bias_HT[head, d]) for d in reachable) / len(reachable)
+        expected += sum(float(view.bias_LHT[0, head, d]) for d in reachable) / len(reachable)
     return float(expected)
 
 
@@ -207,7 +218,7 @@ def test_offsets_follow_the_context():
 def test_missing_statistics_and_bad_options_are_one_line():
     """Oracle: the error contract."""
     view, _ = make_view(layer_config(), lengths=[4])
-    bare = LayerView(**{name: getattr(view, name) for name in view.__slots__} | {"stats": None})
+    bare = CacheView(**{name: getattr(view, name) for name in view.__slots__} | {"stats": None})
     with pytest.raises(BundleError, match="lipllm calibrate"):
         TriAttentionPolicy().score(bare)
     with pytest.raises(ConfigError, match=r"kv\.offset_max"):

@@ -1,0 +1,65 @@
+"""Connects sequences with the observer of the cache policy."""
+
+# Legend: R rows (layer-major), K key/value heads, S slots.
+
+from collections.abc import Sequence as Rows
+
+from torch import Tensor
+
+from serve.engine.attention import Part
+from serve.engine.companions import Companion
+from serve.engine.request import Sequence
+from serve.kv.observer import Attended, Observer
+from serve.kv.view import CacheView
+
+
+class Evidence(Companion):
+    """What the policy's observer knows of the running sequences."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self._rows: dict[str, int] = {}
+
+    def rows(self, sequences: Rows[Sequence]) -> list[int]:
+        """Return the observer row of each sequence, opening those that have none."""
+        for sequence in sequences:
+            if sequence.request.request_id not in self._rows:
+                self._rows[sequence.request.request_id] = self.observer.open()
+        return [self._rows[sequence.request.request_id] for sequence in sequences]
+
+    def attended(self, part: Part, sequences: Rows[Sequence]) -> None:
+        """Tell the observer of the queries of requests that may be compacted."""
+        watched = [i for i, sequence in enumerate(sequences) if sequence.request.compress]
+        if not watched:
+            return
+        q, positions, lse = part.q_NHD[:, None], part.positions_N[:, None], part.lse_NH
+        tables, lengths = part.tables_RW, part.lengths_R
+        if part.chunk is not None:
+            q, positions = part.q_NHD[None], part.positions_N[None]
+            lse = None if lse is None else lse[None]
+        else:
+            assert lse is not None
+            q, positions, lse = q[watched], positions[watched], lse[watched, None]
+            tables, lengths = tables[watched], lengths[watched]
+        event = Attended(
+            layer=part.layer,
+            rows=self.rows([sequences[i] for i in watched]),
+            q_RTHD=q,
+            positions_RT=positions,
+            lse_RTH=lse,
+            k_pool=part.pool.keys,
+            pos_pool=part.pool.positions,
+            tables_RW=tables,
+            lengths_R=lengths,
+        )
+        self.observer.attended(event)
+
+    def compacting(self, view: CacheView, sequences: Rows[Sequence], keep_RKS: Tensor) -> None:
+        """Let the observer follow the slots."""
+        self.observer.moved(view.layers, self.rows(sequences), keep_RKS)
+
+    def close(self, sequence: Sequence) -> None:
+        """Give back the observer's row."""
+        row = self._rows.pop(sequence.request.request_id, None)
+        if row is not None:
+            self.observer.close(row)
