@@ -139,7 +139,7 @@ class Runner:
             self.companions.compacting(view, sequences, keep_RKS)
             targets = self.pools.group_tables(view.layers, targets_RW)
             pools = (view.k_pool, view.v_pool, view.pos_pool)
-            compact_kv(*pools, view.tables_RN, keep_RKS, targets, backend=self.backend)
+            compact_kv(pools, view.tables_RN, keep_RKS, targets, backend=self.backend)
 
     def _views(self, sequences: list[Sequence], tables_RW: Tensor, stats: Stats) -> list[CacheView]:
         evidence = next((c for c in self.companions.companions if isinstance(c, Evidence)), None)

@@ -1,25 +1,19 @@
-"""Choice of the backend per call, and the shape contract of every kernel.
+"""The kernels: what each computes, its shapes, and the choice of the backend per call.
 
-``auto`` takes Triton for CUDA tensors where a Triton kernel exists, and torch elsewhere. Triton is
-imported only when one of its kernels is about to run.
+``auto`` takes Triton for CUDA tensors and torch elsewhere; float64 always runs on torch. ``triton``
+also runs on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1). Triton is imported only
+when one of its kernels is about to run.
 """
 
-# Legend: R request rows, N table width (blocks), K key/value heads, H query heads, S slots,
-# D head width, F = D / 2 rotary bands, T relative distances.
+# Legend: R rows (a request, or one layer of it), N table width (blocks) or tokens, K key/value
+# heads, H query heads, S slots, D head width, F rotary bands, E = D - F score weights, T distances.
 
-import importlib.util
-import logging
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from common.config import one_of
-from common.errors import BackendError, ShapeError
-from serve.kernels import reference
-
-log = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "torch", "triton")
-_warned: set[str] = set()
+from serve.kernels import contract, reference, reference_decode
+from serve.kernels.backend import use_triton
 
 gather_pages = reference.gather_pages
 
@@ -27,86 +21,111 @@ gather_pages = reference.gather_pages
 def score_keys(
     k_pool: Tensor,
     tables_RN: Tensor,
-    lengths_R: Tensor,
+    lengths: Tensor,
     u_RHD: Tensor,
-    e_RHF: Tensor,
+    e_RHE: Tensor,
     *,
+    bands: int | None = None,
+    interleaved: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Score every cached key against one linear form per query head.
 
     Args:
-        k_pool: Keys after RoPE (blocks, K, block_size, D), half pairing: band f is (f, f + F).
+        k_pool: Keys after RoPE (blocks, K, block_size, D).
         tables_RN: Block indices (R, N), integer; entries past the length are not read.
-        lengths_R: Filled slots per row, integer.
+        lengths: Filled slots, integer: (R,), or (R, K) one per head.
         u_RHD: Linear form (R, H, D); query head h reads KV head h // (H / K).
-        e_RHF: Weight of each band's modulus (R, H, F).
+        e_RHE: Weights (R, H, E): of each band's modulus, then of each unrotated component's.
+        bands: Rotated bands F; default D / 2. The first 2 F components are rotated.
+        interleaved: Band f is components (2 f, 2 f + 1); else (f, f + F).
         backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
-        ``<u, k> + sum_f e_f |k_f|`` as (R, H, N * block_size), float32 (float64 for a float64
-        pool on the torch backend); -inf at and past the length.
+        ``<u, k> + sum_f e_f |k_f| + sum_j e_{F+j} |k_{2F+j}|`` as (R, H, N * block_size), float32
+        (float64 for a float64 pool); -inf at and past the length.
 
     Raises:
         ShapeError: if the shapes disagree.
-        BackendError: if Triton is asked for without a CUDA device or without triton.
+        BackendError: if Triton is asked for where it cannot run.
 
     Source:
         arXiv 2604.04921, score with the offset sum folded into ``u``; deviation: none.
     """
-    _check_pool(k_pool, tables_RN, lengths_R, u_RHD)
-    expected = (*u_RHD.shape[:2], u_RHD.shape[2] // 2)
-    if tuple(e_RHF.shape) != expected or k_pool.shape[3] % 2:
-        raise ShapeError(
-            f"e: expected {expected} and an even head width, got {tuple(e_RHF.shape)} with"
-            f" width {k_pool.shape[3]}; pass one weight per query head and rotary band"
-        )
-    if _use_triton(backend, k_pool, has_kernel=True):
+    lengths_RK = contract.per_head(lengths)
+    contract.check_rows(k_pool, tables_RN, lengths_RK, u_RHD)
+    bands = k_pool.shape[3] // 2 if bands is None else bands
+    contract.check_bands(bands, tuple(e_RHE.shape), u_RHD)
+    if use_triton(backend, k_pool):
         from serve.kernels import score
 
-        return score.score_keys(k_pool, tables_RN, lengths_R, u_RHD, e_RHF)
-    return reference.score_keys(k_pool, tables_RN, lengths_R, u_RHD, e_RHF)
+        return score.score_keys(k_pool, tables_RN, lengths_RK, u_RHD, e_RHE, bands, interleaved)
+    return reference.score_keys(k_pool, tables_RN, lengths_RK, u_RHD, e_RHE, bands, interleaved)
+
+
+def select_slots(
+    scores_RKS: Tensor, positions_RKS: Tensor, budget: int, *, backend: str = "auto"
+) -> Tensor:
+    """Return the slots that survive: those of the highest scores.
+
+    Args:
+        scores_RKS: Score of each slot (R, K, S), not NaN; +inf for protected, -inf for unfilled.
+        positions_RKS: Original positions, same shape, integer; -1 in unfilled slots.
+        budget: Slots kept, 1 to S.
+        backend: ``auto``, ``torch`` or ``triton``.
+
+    Returns:
+        Slot indices (R, K, budget), int64, ascending. Exact ties go to the larger position, then
+        to the smaller index: a row shorter than the budget keeps all its slots and unfilled ones.
+
+    Raises:
+        ShapeError: if the shapes differ or the budget does not fit.
+        BackendError: if Triton is asked for where it cannot run.
+    """
+    contract.check_selection(scores_RKS, positions_RKS, budget)
+    if use_triton(backend, scores_RKS):
+        from serve.kernels import select
+
+        return select.select_slots(scores_RKS, positions_RKS, budget)
+    return reference.select_slots(scores_RKS, positions_RKS, budget)
 
 
 def compact_kv(
-    k_pool: Tensor,
-    v_pool: Tensor,
-    pos_pool: Tensor,
+    pools: Sequence[Tensor],
     src_tables_RN: Tensor,
     keep_RKS: Tensor,
     dst_tables_RN: Tensor,
     *,
     backend: str = "auto",
 ) -> None:
-    """Move the kept slots of each (row, head) to slots 0, 1, ... of the destination pages.
+    """Move the kept slots of each (row, head) into its first slots, touching as few as possible.
 
-    The pools are modified in place; source and destination pages of one row may coincide, those of
-    different rows must not overlap.
+    Kept slots below the kept count stay at their index; the holes among the first slots are filled,
+    in ascending order, by the kept slots above. Hence nothing that is read is ever overwritten,
+    and attention, which does not depend on the order of slots, is unchanged.
 
     Args:
-        k_pool: Keys (blocks, K, block_size, D), contiguous.
-        v_pool: Values, same shape.
-        pos_pool: Original positions (blocks, K, block_size), int32.
+        pools: Tensors (blocks, K, block_size, ...), contiguous, changed in place.
         src_tables_RN: Source blocks (R, N).
         keep_RKS: Kept slots of each row and head (R, K, kept), int64, ascending.
-        dst_tables_RN: Destination blocks (R, at least ceil(kept / block_size)).
-        backend: ``auto`` or ``torch``; there is no Triton kernel for this operation yet.
+        dst_tables_RN: Destination blocks (R, at least ceil(kept / block_size)). Page i is source
+            page i, or a page outside every source table: then its kept slots are copied along.
+        backend: ``auto``, ``torch`` or ``triton``.
 
     Raises:
         ShapeError: if the shapes disagree or the destination is too small.
-        BackendError: if Triton is asked for.
+        BackendError: if Triton is asked for where it cannot run.
+
+    Source:
+        arXiv 2604.04921, its released code's fill-hole; copied pages are our own.
     """
-    rows, heads, kept = keep_RKS.shape
-    tables_fit = src_tables_RN.shape[0] == dst_tables_RN.shape[0] == rows
-    room = dst_tables_RN.shape[1] * k_pool.shape[2]
-    pools_fit = k_pool.shape == v_pool.shape and pos_pool.shape == k_pool.shape[:3]
-    if not (tables_fit and pools_fit and heads == k_pool.shape[1] and kept <= room):
-        raise ShapeError(
-            f"compact_kv: keep {tuple(keep_RKS.shape)} does not fit pools {tuple(k_pool.shape)},"
-            f" {tuple(pos_pool.shape)} and {room} destination slots; pass (rows, K, kept)"
-        )
-    _use_triton(backend, k_pool, has_kernel=False)
-    reference.compact_kv(k_pool, v_pool, pos_pool, src_tables_RN, keep_RKS, dst_tables_RN)
+    contract.check_compaction(pools, src_tables_RN, keep_RKS, dst_tables_RN)
+    if use_triton(backend, pools[0]):
+        from serve.kernels import compact
+
+        compact.compact_kv(pools, src_tables_RN, keep_RKS, dst_tables_RN)
+    else:
+        reference.compact_kv(pools, src_tables_RN, keep_RKS, dst_tables_RN)
 
 
 def paged_decode(
@@ -115,11 +134,12 @@ def paged_decode(
     v_pool: Tensor,
     pos_pool: Tensor,
     tables_RN: Tensor,
-    lengths_R: Tensor,
+    lengths: Tensor,
     positions_R: Tensor,
     scale: float,
     bias_HT: Tensor | None = None,
     *,
+    window: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend from one query per row to the filled slots of its pages.
@@ -132,64 +152,77 @@ def paged_decode(
         v_pool: Values, same shape.
         pos_pool: Original positions (blocks, K, block_size), int32.
         tables_RN: Block indices (R, N).
-        lengths_R: Filled slots per row, the query's own key included.
+        lengths: Filled slots, the query's own key included: (R,), or (R, K) one per head.
         positions_R: Original position of each query, int64.
         scale: Factor of the dot product.
         bias_HT: Relative-position bias (H, context) or None; every distance must be in the table.
-        backend: ``auto`` or ``torch``; there is no Triton kernel for this operation yet.
+        window: Only keys less than this many positions before the query count; None: all.
+        backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
         Outputs (R, H, D) in the dtype of ``q_RHD`` and log-sum-exp of the logits (R, H) in
-        float32 (float64 for a float64 pool); zeros and -inf for rows of length 0.
+        float32 (float64 for a float64 pool); zeros and -inf where no key counts.
 
     Raises:
         ShapeError: if the shapes disagree.
-        BackendError: if Triton is asked for.
+        BackendError: if Triton is asked for where it cannot run.
     """
-    _check_pool(k_pool, tables_RN, lengths_R, q_RHD)
-    if bias_HT is not None and bias_HT.shape[0] != q_RHD.shape[1]:
-        raise ShapeError(
-            f"bias: expected ({q_RHD.shape[1]}, context), got {tuple(bias_HT.shape)};"
-            " pass one row per query head"
-        )
-    _use_triton(backend, k_pool, has_kernel=False)
-    return reference.paged_decode(
-        q_RHD, k_pool, v_pool, pos_pool, tables_RN, lengths_R, positions_R, scale, bias_HT
-    )
+    lengths_RK = contract.per_head(lengths)
+    contract.check_rows(k_pool, tables_RN, lengths_RK, q_RHD)
+    contract.check_pools(k_pool, v_pool, pos_pool)
+    contract.check_bias(bias_HT, q_RHD.shape[1])
+    cache = (k_pool, v_pool, pos_pool, tables_RN, lengths_RK, positions_R)
+    if use_triton(backend, k_pool):
+        from serve.kernels import decode
+
+        return decode.paged_decode(q_RHD, *cache, scale, bias_HT, window)
+    return reference_decode.paged_decode(q_RHD, *cache, scale, bias_HT, window)
 
 
-def _check_pool(k_pool: Tensor, tables_RN: Tensor, lengths_R: Tensor, x_RHD: Tensor) -> None:
-    rows = tables_RN.shape[0]
-    fits = k_pool.ndim == 4 and x_RHD.ndim == 3 and lengths_R.shape == (rows,)
-    if not (
-        fits
-        and x_RHD.shape[0] == rows
-        and x_RHD.shape[2] == k_pool.shape[3]
-        and x_RHD.shape[1] % k_pool.shape[1] == 0
-    ):
-        raise ShapeError(
-            f"queries {tuple(x_RHD.shape)}, tables {tuple(tables_RN.shape)}, lengths"
-            f" {tuple(lengths_R.shape)} and pool {tuple(k_pool.shape)} disagree; expected"
-            " (R, H, D), (R, N), (R,), (blocks, K, block_size, D) with H a multiple of K"
-        )
+def rope_write(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    cos_NF: Tensor | None,
+    sin_NF: Tensor | None,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    pos_pool: Tensor,
+    positions_N: Tensor,
+    slots_N: Tensor,
+    *,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Rotate new queries and keys, and write keys, values and positions to their slots.
 
+    Args:
+        q_NHD: Queries before RoPE (N, H, D).
+        k_NKD: Keys before RoPE (N, K, D).
+        v_NKD: Values (N, K, D).
+        cos_NF: Cosine of each band's angle at each token (N, F); None with ``sin_NF``: no rotation.
+        sin_NF: Sine, same shape.
+        k_pool: Keys (blocks, K, block_size, D), changed in place.
+        v_pool: Values, same shape.
+        pos_pool: Original positions (blocks, K, block_size), int32.
+        positions_N: Original position of each token.
+        slots_N: ``block * block_size + offset``, distinct; negative: padding, nothing is written.
+        interleaved: Band f is components (2 f, 2 f + 1); else (f, f + F).
+        backend: ``auto``, ``torch`` or ``triton``.
 
-def _use_triton(backend: str, pool: Tensor, *, has_kernel: bool) -> bool:
-    one_of("backend", backend, BACKENDS)
-    if backend == "torch" or (backend == "auto" and not (pool.is_cuda and has_kernel)):
-        return False
-    if backend == "triton" and not has_kernel:
-        raise BackendError("backend=triton: this operation has no Triton kernel; use auto or torch")
-    if backend == "triton" and not pool.is_cuda:
-        raise BackendError(
-            f"backend=triton: the cache is on {pool.device}, expected a CUDA device;"
-            " use backend=auto or backend=torch"
-        )
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    if backend == "triton":
-        raise BackendError("backend=triton: triton is not installed; pip install triton")
-    if "triton" not in _warned:
-        _warned.add("triton")
-        log.warning("triton is not installed: key scoring runs on torch")
-    return False
+    Returns:
+        Rotated queries (N, H, D); arithmetic in float32 (float64 for float64), one rounding.
+
+    Raises:
+        ShapeError: if the shapes disagree.
+        BackendError: if Triton is asked for where it cannot run.
+    """
+    contract.check_pools(k_pool, v_pool, pos_pool)
+    turns, places = (cos_NF, sin_NF), (positions_N, slots_N)
+    contract.check_write(q_NHD, k_NKD, v_NKD, turns, k_pool, places)
+    arguments = (q_NHD, k_NKD, v_NKD, *turns, k_pool, v_pool, pos_pool, *places, interleaved)
+    if use_triton(backend, k_pool):
+        from serve.kernels import rope
+
+        return rope.rope_write(*arguments)
+    return reference.rope_write(*arguments)

@@ -121,7 +121,7 @@ class CompressedRun:
             )  # fmt: skip
             keep = choose(self.policy, [view], self.policy.budget)[0]
             self.ledger.evict(view, [self.row], keep)
-            compact_kv(keys, values, pos, self.tables, keep, self.tables)
+            compact_kv((keys, values, pos), self.tables, keep, self.tables)
         self.kv_len = self.policy.budget
 
 

@@ -1,0 +1,107 @@
+"""Launch parameters of the Triton kernels, one row per architecture; nothing is guessed elsewhere.
+
+Measured on none of them yet where the row says "by arithmetic": chosen so that a tile's keys and
+values fit the shared memory, and enough programs exist to fill the device twice.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """Sizes of the work of one program.
+
+    Attributes:
+        tile_bytes: Keys (or values) that a program of the attention kernel holds at once.
+        tile_slots: Most slots of such a tile, and slots per program of the score kernel.
+        stages: Tiles in flight in the attention kernel.
+        warps: Warps per program for a head width up to 128; twice as many above.
+        split_slots: Least slots of one split of a row in the attention kernel.
+        waves: Programs per multiprocessor that splitting aims at.
+        move_rows: Slots that one program of the compaction moves.
+        select_tile: Slots that the selection reads at once.
+    """
+
+    tile_bytes: int
+    tile_slots: int
+    stages: int
+    warps: int
+    split_slots: int
+    waves: int
+    move_rows: int
+    select_tile: int
+
+    def tile(self, width: int, itemsize: int) -> int:
+        """Return the slots of an attention tile: a power of two from 16 (a matrix product's)."""
+        fit = self.tile_bytes // (width * itemsize)
+        return max(16, min(self.tile_slots, 1 << max(fit, 1).bit_length() - 1))
+
+    def warps_for(self, width: int) -> int:
+        """Return the warps of a program for heads of this width."""
+        return self.warps if width <= 128 else 2 * self.warps
+
+    def splits(self, slots: int, programs: int, processors: int) -> int:
+        """Return into how many parts to split rows of at most ``slots`` slots.
+
+        Args:
+            slots: Of the longest possible row (the table's width: known without the device).
+            programs: Rows times key/value heads.
+            processors: Multiprocessors of the device.
+        """
+        wanted = -(-self.waves * processors // max(programs, 1))
+        return max(1, min(wanted, -(-slots // self.split_slots)))
+
+
+# By arithmetic: compute capability 9.0, 228 KiB of shared memory.
+HOPPER = Tuning(
+    tile_bytes=16384,
+    tile_slots=128,
+    stages=3,
+    warps=4,
+    split_slots=256,
+    waves=2,
+    move_rows=16,
+    select_tile=1024,
+)
+# By arithmetic: 8.0 has 164 KiB, 8.6 and 8.9 have 100 KiB.
+AMPERE = Tuning(
+    tile_bytes=16384,
+    tile_slots=64,
+    stages=2,
+    warps=4,
+    split_slots=256,
+    waves=2,
+    move_rows=16,
+    select_tile=1024,
+)
+# Everything else, the interpreter included.
+SAFE = Tuning(
+    tile_bytes=8192,
+    tile_slots=64,
+    stages=1,
+    warps=4,
+    split_slots=256,
+    waves=2,
+    move_rows=16,
+    select_tile=512,
+)
+_BY_MAJOR = {8: AMPERE, 9: HOPPER}
+
+
+@cache
+def tuning_for(device: torch.device) -> Tuning:
+    """Return the row of the device's architecture."""
+    if device.type != "cuda":
+        return SAFE
+    return _BY_MAJOR.get(torch.cuda.get_device_capability(device)[0], SAFE)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return the multiprocessors of the device; 1 under the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
