@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "study": ("compress.study_app:main", "compare all pruning methods on one model in one table"),
     "calibrate": ("serve.app:main_calibrate", "collect the statistics that cache eviction needs"),
     "generate": ("serve.app:main_generate", "continue prompts under a key-value cache policy"),
+    "bench": ("serve.bench_app:main", "compare cache policies and decoding speed in one table"),
+    "export": ("serve.export_app:main", "write a model as a folder that transformers loads"),
     "report": ("common.report:main", "draw a run, a pipeline or a sweep as one HTML file"),
     "pipeline": ("common.pipeline:main", "text in; certified, pruned, served model and report out"),
     "doctor": ("common.doctor:main", "say what this machine can run"),

@@ -169,6 +169,13 @@ METRICS: dict[str, str] = {
     "serve/calibration_tokens": "Tokens read to collect key and query statistics",
     "serve/calibration_seconds": "Time to collect key and query statistics, seconds",
     "serve/calibration_stability": "Mean cosine of query centres between two halves of the text",
+    "bench/rows": "Rows of the table",
+    "bench/best_kl": "Smallest KL divergence from the full cache at the smallest budget "
+    "(estimate), nats",
+    "bench/task_exact_full": "Share of questions answered exactly with the full cache",
+    "bench/task_exact": "Largest share of questions answered exactly with a compressed cache",
+    "bench/speedup": "Largest decoding speed with a compressed cache over the full one, factor",
+    "bench/over_transformers": "Smallest decoding speed over transformers' generate, factor",
     "serve/concentration": "Mean resultant length of queries before rotation, 0 to 1",
     "report/bytes": "Size of the report, bytes",
     "report/runs": "Runs compared in the report",

@@ -15,6 +15,7 @@ from common.errors import ConfigError, DataError
 from common.files import write_bytes
 from common.ledger import Outcome, Run
 from common.reporting import (
+    bench,
     campaign,
     headline,
     origin,
@@ -108,6 +109,7 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         "study": (study.study,),
         "solve": (solving.solving,),
         "campaign": (campaign.campaign,),
+        "bench": (bench.bench,),
     }
     is_pipeline = len(story.stages) > 1
     parts = [_guarded(headline.headline, story, "headline")]
@@ -120,6 +122,8 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         about = "A monotone inclusion, and how a method came to its solution."
     elif story.root.command == study.COMMAND:
         about = "Ways to prune one model, compared on the same text."
+    elif story.root.command == bench.COMMAND:
+        about = "Cache policies, compared on the same text, questions and machine."
     elif story.root.command == campaign.COMMAND:
         about = "Attempts to refute the proofs that certificates rest on."
     lead = f"{about} Each figure says what is proved, what is measured and what is only estimated."

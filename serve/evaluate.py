@@ -8,11 +8,13 @@ certified deviation is a bound.
 # Legend: N windows, T tokens, V vocabulary.
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ShapeError
@@ -38,6 +40,7 @@ class KvScore:
         top1_agreement: Share of tokens with the same most probable next token; estimate.
         certified_top1: Share of tokens for which that is proved; None without a certificate.
         tokens_per_s: Decode speed at the end of the windows, all windows together.
+        bits_per_token: Mean cross-entropy of the successors; None where they were not given.
     """
 
     policy: str
@@ -49,6 +52,7 @@ class KvScore:
     top1_agreement: float
     certified_top1: float | None
     tokens_per_s: float
+    bits_per_token: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -68,6 +72,7 @@ def score_policy(
     policy: Policy,
     *,
     reference_NTV: Tensor | None = None,
+    targets_NT: Tensor | None = None,
     stats: Stats = None,
     ledger: EvictionLedger | None = None,
     config: EngineConfig | None = None,
@@ -81,6 +86,7 @@ def score_policy(
         tokens_NT: Held-out windows of equal length.
         policy: Cache policy.
         reference_NTV: ``full_logits`` of the windows, when already known.
+        targets_NT: Successor of each token, for the loss.
         stats: Calibration statistics of each layer, for policies that need them.
         ledger: Bounds the deviation; None leaves the certified figures out.
         config: Engine settings.
@@ -111,7 +117,14 @@ def score_policy(
         top1_agreement=float(same_NT.double().mean()),
         certified_top1=None if keeps is None else float(keeps.double().mean()),
         tokens_per_s=run.tokens_per_s,
+        bits_per_token=None if targets_NT is None else bits_per_token(run.logits_NTV, targets_NT),
     )
+
+
+def bits_per_token(logits_NTV: Tensor, targets_NT: Tensor) -> float:
+    """Return the mean cross-entropy of the targets in bits."""
+    targets = targets_NT.flatten().to(logits_NTV.device)
+    return float(F.cross_entropy(logits_NTV.flatten(0, 1).double(), targets)) / math.log(2)
 
 
 def with_budget(policy: Policy, budget: int) -> Policy:

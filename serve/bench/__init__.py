@@ -1,0 +1,1 @@
+"""Cache policies side by side: quality, retrieval, speed and memory; command ``bench``."""
