@@ -70,7 +70,7 @@ def _race(
 ) -> dict[str, dict[str, float]]:
     """Prefill every engine, then time their decode steps in turn."""
     generator = torch.Generator().manual_seed(1)
-    new = settings.steps * (settings.rounds + 1) + 1
+    new = settings.steps * (settings.rounds + 1) + 2
     vocab = model.config.vocab_size
     prompts = torch.randint(vocab, (batch, max(1, context - new)), generator=generator).tolist()
     engines = {name: _engine(model, settings, context, name, prompts, new) for name in names}
@@ -124,7 +124,7 @@ def _engine(
             shape = (CALIBRATION[0], min(CALIBRATION[1], context))
             text_BT = torch.randint(model.config.vocab_size, shape)
             stats = layer_stats(calibrate(model, [text_BT]), model.config)
-    needed = len(prompts) * -(-context // EngineConfig.block_size)
+    needed = len(prompts) * -(-context // EngineConfig().block_size)
     config = EngineConfig(max_num_seqs=len(prompts), num_blocks=needed + len(prompts))
     core = EngineCore(model, config, policy, stats)
     for prompt in prompts:
