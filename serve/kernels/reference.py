@@ -91,7 +91,9 @@ def compact_kv(
     slot_RKS = torch.arange(kept, device=keep_RKS.device).expand(rows, heads, kept)
     source = _flat_slots(src_tables_RN, _fill_holes(keep_RKS), heads, block_size)
     target = _flat_slots(dst_tables_RN, slot_RKS, heads, block_size)
-    moves = (source != target).nonzero()[:, 0]
+    # Padding (negative blocks) has negative indices.
+    is_moved = (source != target) & (torch.minimum(source, target) >= 0)
+    moves = is_moved.nonzero()[:, 0]
     source, target = source[moves], target[moves]
     for pool in pools:
         flat = pool.view(-1, *pool.shape[3:])
@@ -163,6 +165,6 @@ def accumulator(x: Tensor) -> torch.dtype:
 def _flat_slots(tables_RN: Tensor, slots_RKS: Tensor, heads: int, block_size: int) -> Tensor:
     """Return the index of each (row, head, slot) in a pool flattened over its first three axes."""
     block_index = (slots_RKS // block_size).flatten(1)
-    block_RKS = tables_RN.long().clamp(min=0).gather(1, block_index).view(slots_RKS.shape)
+    block_RKS = tables_RN.long().gather(1, block_index).view(slots_RKS.shape)
     head_K1 = torch.arange(heads, device=slots_RKS.device)[:, None]
     return ((block_RKS * heads + head_K1) * block_size + slots_RKS % block_size).flatten()

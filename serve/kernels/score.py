@@ -120,6 +120,6 @@ def score_keys(
         STEP=2 if interleaved else 1,
         TO_IMAG=1 if interleaved else bands,
         TILE_SLOTS=tile,
-        num_warps=tuning.warps_for(width),
+        **tuning.options(width),
     )
     return out_RHS

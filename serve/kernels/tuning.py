@@ -23,6 +23,8 @@ class Tuning:
         waves: Programs per multiprocessor that splitting aims at.
         move_rows: Slots that one program of the compaction moves.
         select_tile: Slots that the selection reads at once.
+        write_heads: Heads of a token that one program writes.
+        most_splits: Most parts of a row: the combination holds one output of each.
     """
 
     tile_bytes: int
@@ -33,15 +35,25 @@ class Tuning:
     waves: int
     move_rows: int
     select_tile: int
+    write_heads: int = 8
+    most_splits: int = 64
 
     def tile(self, width: int, itemsize: int) -> int:
         """Return the slots of an attention tile: a power of two from 16 (a matrix product's)."""
         fit = self.tile_bytes // (width * itemsize)
         return max(16, min(self.tile_slots, 1 << max(fit, 1).bit_length() - 1))
 
-    def warps_for(self, width: int) -> int:
-        """Return the warps of a program for heads of this width."""
-        return self.warps if width <= 128 else 2 * self.warps
+    def options(self, width: int = 0, *, stages: bool = False) -> dict[str, int | bool]:
+        """Return Triton's launch options for heads of this width.
+
+        Args:
+            width: Head width D; 0 where it does not matter.
+            stages: Whether the kernel has a loop worth pipelining.
+        """
+        # Fused multiply-add is asked for by name: newer versions of Triton change its default.
+        warps = self.warps if width <= 128 else 2 * self.warps
+        options: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": True}
+        return options | {"num_stages": self.stages} if stages else options
 
     def splits(self, slots: int, programs: int, processors: int) -> int:
         """Return into how many parts to split rows of at most ``slots`` slots.
@@ -52,7 +64,7 @@ class Tuning:
             processors: Multiprocessors of the device.
         """
         wanted = -(-self.waves * processors // max(programs, 1))
-        return max(1, min(wanted, -(-slots // self.split_slots)))
+        return max(1, min(wanted, self.most_splits, -(-slots // self.split_slots)))
 
 
 # By arithmetic: compute capability 9.0, 228 KiB of shared memory.
