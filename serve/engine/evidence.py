@@ -4,11 +4,13 @@
 
 from collections.abc import Sequence as Rows
 
+import torch
 from torch import Tensor
 
 from serve.engine.attention import Part
 from serve.engine.companions import Companion
 from serve.engine.request import Sequence
+from serve.kernels import compact_kv
 from serve.kv.observer import Attended, Observer
 from serve.kv.view import CacheView
 
@@ -56,10 +58,27 @@ class Evidence(Companion):
 
     def compacting(self, view: CacheView, sequences: Rows[Sequence], keep_RKS: Tensor) -> None:
         """Let the observer follow the slots."""
-        self.observer.moved(view.layers, self.rows(sequences), keep_RKS)
+        slots = view.tables_RN.shape[1] * view.pos_pool.shape[2]
+        self.observer.moved(view.layers, self.rows(sequences), sources(keep_RKS, slots))
 
     def close(self, sequence: Sequence) -> None:
         """Give back the observer's row."""
         row = self._rows.pop(sequence.request.request_id, None)
         if row is not None:
             self.observer.close(row)
+
+
+def sources(keep_RKS: Tensor, slots: int) -> Tensor:
+    """Return the slot from which a compaction fills each of the first slots (R, K, kept).
+
+    Args:
+        keep_RKS: Kept slots, ascending.
+        slots: Slots of a row.
+    """
+    rows, kv_heads, kept = keep_RKS.shape
+    # The rule is the kernel's: move a pool of slot numbers, one page per row, as it moves keys.
+    number_S = torch.arange(slots, device=keep_RKS.device)
+    pool_RKS = number_S.expand(rows, kv_heads, slots).contiguous()
+    table_R1 = torch.arange(rows, device=keep_RKS.device)[:, None]
+    compact_kv([pool_RKS], table_R1, keep_RKS, table_R1, backend="torch")
+    return pool_RKS[:, :, :kept]

@@ -39,6 +39,10 @@ class Policy(ABC):
         summary_tokens: Evicted tokens leave this many mean tokens per layer and head behind, one
             per segment of positions; 0 leaves none.
         compress_prefill: Compact inside long prompts too; otherwise first at the prompt's end.
+
+    Class attributes: ``needs_stats``: it reads calibration statistics; ``needs_budget``: a budget
+    of None is a mistake; ``scores_positional``: its scores hold for purely positional heads too;
+    ``is_standardized``: its scores of different heads and layers can be compared as they are.
     """
 
     budget: int | None = 64
@@ -51,6 +55,9 @@ class Policy(ABC):
     compress_prefill: bool = False
     name: ClassVar[str] = ""
     needs_stats: ClassVar[bool] = False
+    needs_budget: ClassVar[bool] = True
+    scores_positional: ClassVar[bool] = False
+    is_standardized: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -59,6 +66,11 @@ class Policy(ABC):
         positive("kv.window", self.window, zero=True)
         positive("kv.summary_tokens", self.summary_tokens, zero=True)
         if self.budget is None:
+            if self.needs_budget:
+                raise ConfigError(
+                    f"kv.budget=null: {self.name or 'the'} policy expects a number of tokens;"
+                    " give one, or choose kv=full"
+                )
             return
         positive("kv.budget", self.budget)
         if self.sinks + self.window > self.budget:

@@ -1,6 +1,6 @@
 """Which slots survive: protection, sharing between heads and layers, ties."""
 
-# Legend: R rows (layer-major), K key/value heads, S slots, L layers of a view, Q requests.
+# Legend: R rows (layer-major), K key/value heads, G query heads of one, S slots, Q requests.
 
 from collections.abc import Sequence
 
@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
+from serve.kernels import select_slots
 from serve.kv.policy import Policy
+from serve.kv.positional import future_mass
 from serve.kv.view import CacheView
+
+SIGMA_MIN = 1e-6  # scores that vary less are all equal (spec: population deviation, no noise)
 
 
 def is_protected(policy: Policy, positions_RKS: Tensor, prompts_R: Tensor) -> Tensor:
@@ -54,10 +58,51 @@ def choose(policy: Policy, views: Sequence[CacheView], budget: int) -> list[Tens
     return [_select(policy, view, score, budget) for view, score in zip(views, scores, strict=True)]
 
 
+def standardize(raw_RKGS: Tensor, candidates_RKS: Tensor) -> Tensor:
+    """Subtract the mean and divide by the population deviation over the candidates.
+
+    Args:
+        raw_RKGS: Finite scores.
+        candidates_RKS: Slots that take part in the statistics.
+
+    Returns:
+        Same shape and dtype; zeros where the deviation is at most 1e-6.
+    """
+    is_out = ~candidates_RKS[:, :, None]
+    count = candidates_RKS.sum(-1).clamp(min=1)[:, :, None, None]
+    mean = raw_RKGS.masked_fill(is_out, 0).sum(-1, keepdim=True) / count
+    centred = raw_RKGS - mean
+    variance = centred.masked_fill(is_out, 0).square().sum(-1, keepdim=True) / count
+    sigma = variance.sqrt()
+    return torch.where(sigma > SIGMA_MIN, centred / sigma.clamp(min=SIGMA_MIN), 0)
+
+
 def _scores(policy: Policy, view: CacheView) -> Tensor:
+    """Score by the policy, in sliding windows by recency, in heads without content by the bias."""
+    positions_RKS = view.slot_positions()
     if view.spec.sliding_window is not None:
-        return view.slot_positions().double()
-    return policy.score(view)
+        return positions_RKS.double()
+    content = view.spec.content_heads // view.spec.group
+    if policy.scores_positional:
+        content = view.spec.kv_heads
+    is_shared, parts = policy.selection != "per_layer_per_head", []
+    if content:
+        score_RKS = policy.score(view)[:, :content]
+        is_raw = is_shared and not policy.is_standardized
+        parts.append(_compared(policy, view, score_RKS, 0) if is_raw else score_RKS)
+    if content < view.spec.kv_heads:
+        mass_RKS = future_mass(view, policy.interval)
+        parts.append(_compared(policy, view, mass_RKS, content) if is_shared else mass_RKS)
+    dtype = parts[0].dtype if len(parts) == 1 else torch.float64
+    return torch.cat([part.to(dtype) for part in parts], dim=1)
+
+
+def _compared(policy: Policy, view: CacheView, scores_RKS: Tensor, first: int) -> Tensor:
+    """Standardize the scores of some heads, so that heads and layers can be compared."""
+    positions_RKS = view.slot_positions()[:, first : first + scores_RKS.shape[1]]
+    is_free = (positions_RKS >= 0) & ~is_protected(policy, positions_RKS, view.prompts_R)
+    finite_RKS = scores_RKS.masked_fill(positions_RKS < 0, 0)
+    return standardize(finite_RKS[:, :, None], is_free)[:, :, 0]
 
 
 def _select(policy: Policy, view: CacheView, scores_RKS: Tensor, budget: int) -> Tensor:
@@ -65,15 +110,7 @@ def _select(policy: Policy, view: CacheView, scores_RKS: Tensor, budget: int) ->
     is_kept = is_protected(policy, positions_RKS, view.prompts_R)
     scores_RKS = scores_RKS.masked_fill(is_kept, torch.inf)
     scores_RKS = scores_RKS.masked_fill(positions_RKS < 0, -torch.inf)
-    return select_slots(scores_RKS, positions_RKS, budget)
-
-
-def select_slots(scores_RKS: Tensor, positions_RKS: Tensor, budget: int) -> Tensor:
-    """Return the slots (R, K, budget) with the highest scores, ascending; ties to the newest."""
-    # Two stable sorts are a lexicographic one: by score, then by position, both descending.
-    by_position = positions_RKS.argsort(dim=-1, descending=True, stable=True)
-    ranked = scores_RKS.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True)
-    return by_position.gather(-1, ranked[..., :budget]).sort(dim=-1).values
+    return select_slots(scores_RKS, positions_RKS, budget, backend=view.backend)
 
 
 def _shared(policy: Policy, views: Sequence[CacheView], scores: Sequence[Tensor]) -> list[Tensor]:

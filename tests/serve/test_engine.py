@@ -35,6 +35,7 @@ class FirstComponentPolicy(Policy):
     """Keep the keys with the largest, or at odd lengths smallest, first rotated component."""
 
     name: ClassVar[str] = "first-component"
+    scores_positional: ClassVar[bool] = True
 
     def score(self, view: CacheView) -> Tensor:
         """Return k[..., 0] with the sign of the next query's position."""

@@ -1,19 +1,22 @@
 """The contract of all cache policies, and the selection rule they share."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from common.errors import ConfigError
 from common.models import LipschitzTransformer, ModelConfig
-from serve.decoder import layer_spec
+from serve.decoder import LipschitzDecoder, layer_spec
 from serve.kv import POLICIES, CacheView, FullPolicy, WindowPolicy, choose, policy_by_name
+from serve.kv.observer import Attended
 from serve.kv.selection import is_protected
 
 COMPRESSING = sorted(name for name in POLICIES if name != "full")
 
 
-def random_view(lengths, *, kv_heads=2, group=2, width=8, slots=40, seed=0):
-    """A layer's cache with pages of 8 slots and positions with gaps, plus random statistics."""
+def random_view(policy, lengths, *, kv_heads=2, group=2, width=8, slots=40, seed=0):
+    """A layer's cache with pages of 8 slots and positions with gaps, plus what its policy needs."""
     torch.manual_seed(seed)
     config = ModelConfig(
         vocab_size=5, width=8, layers=1, heads=kv_heads * group, kv_heads=kv_heads,
@@ -41,14 +44,37 @@ def random_view(lengths, *, kv_heads=2, group=2, width=8, slots=40, seed=0):
         positions_R=positions[torch.arange(rows), torch.tensor(lengths) - 1] + 1,
         stats={"q_mean": q_mean[None], "q_abs": 1.2 * q_mean.norm(dim=-1)[None]},
     )
-    return view, positions
+    decoder = LipschitzDecoder(model)
+    return dataclasses.replace(view, observed=observe(policy, decoder, view)), positions
+
+
+def observe(policy, decoder, view):
+    """Let the policy's observer see one random query per row."""
+    observer = policy.observer(decoder)
+    if observer is None:
+        return {}
+    rows = [observer.open() for _ in view.lengths_R]
+    q = torch.randn(len(rows), 1, view.spec.heads, view.spec.head_dim)
+    event = Attended(
+        layer=0,
+        rows=rows,
+        q_RTHD=q,
+        positions_RT=view.positions_R[:, None] - 1,
+        lse_RTH=None,
+        k_pool=view.k_pool,
+        pos_pool=view.pos_pool,
+        tables_RW=view.tables_RN,
+        lengths_R=view.lengths_R,
+    )
+    observer.attended(event)
+    return observer.observed((0,), rows)
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_kept_slots_honour_budget_sinks_and_window(name):
     """Property of every policy: distinct filled slots in order, protected ones among them."""
-    view, positions = random_view([40, 27, 20])
     policy = policy_by_name(name, budget=14, sinks=6, window=5, interval=3)
+    view, positions = random_view(policy, [40, 27, 20])
     keep = choose(policy, [view], policy.budget)[0]
     assert keep.shape == (3, 2, 14)
     assert keep.dtype == torch.int64
@@ -65,13 +91,14 @@ def test_kept_slots_honour_budget_sinks_and_window(name):
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_selection_does_not_depend_on_the_batch(name):
     """Property: a row chooses the same slots alone as beside others."""
-    view, _ = random_view([40, 27, 20])
     policy = policy_by_name(name, budget=14, sinks=2, window=4)
+    view, _ = random_view(policy, [40, 27, 20])
     together = choose(policy, [view], 14)[0]
     for row in range(3):
         fields = {field: getattr(view, field) for field in CacheView.__slots__}
         for field in ("tables_RN", "lengths_R", "positions_R", "prompts_R", "seeds_R"):
             fields[field] = fields[field][row : row + 1]
+        fields["observed"] = {n: x[row : row + 1] for n, x in view.observed.items()}
         alone = choose(policy, [CacheView(**fields)], 14)[0]
         assert torch.equal(alone[0], together[row])
 
@@ -89,8 +116,9 @@ def test_protection_covers_sinks_recent_tokens_and_short_prompts():
 
 def test_window_keeps_sinks_and_the_most_recent_positions():
     """Oracle: the definition of the policy."""
-    view, positions = random_view([40])
-    keep = choose(WindowPolicy(budget=12, sinks=8, window=2), [view], 12)[0]
+    policy = WindowPolicy(budget=12, sinks=8, window=2)
+    view, positions = random_view(policy, [40])
+    keep = choose(policy, [view], 12)[0]
     sinks = int((positions[0] < 8).sum())
     expected = [*range(sinks), *range(40 - (12 - sinks), 40)]
     assert keep[0, 0].tolist() == expected

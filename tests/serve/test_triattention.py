@@ -11,13 +11,13 @@ from common.models import LayerConfig
 from common.models.rope import inverse_frequencies, rotate, rotation
 from serve.decoder import LayerSpec
 from serve.kv import CacheView, TriAttentionPolicy
-from serve.kv.triattention import (
+from serve.kv.policies.triattention import (
     mean_future_bias,
     norm_weights,
     query_form,
     query_offsets,
-    standardize,
 )
+from serve.kv.selection import standardize
 
 IDENTITY = 1e-10  # float64, scores up to a few dozen, phases up to 1e5 radians
 SINGLE = 2e-5  # float32 scores of size one

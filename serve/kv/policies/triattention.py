@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from common.config import positive
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError
 from serve.kernels import score_keys
 from serve.kv.policy import Policy, register
-from serve.kv.selection import is_protected
+from serve.kv.selection import is_protected, standardize
 from serve.kv.view import CacheView
 
-SIGMA_MIN = 1e-6  # scores that vary less are all equal (spec: population deviation, no noise)
 OFFSET_MAX = 65536
 
 
@@ -91,25 +90,6 @@ def mean_future_bias(bias_HT: Tensor, offsets_O: Tensor) -> Tensor:
     return torch.cat((mean_HT, mean_HT[:, -1:]), dim=1)
 
 
-def standardize(raw_RKGS: Tensor, candidates_RKS: Tensor) -> Tensor:
-    """Subtract the mean and divide by the population deviation over the candidates.
-
-    Args:
-        raw_RKGS: Finite scores per query head.
-        candidates_RKS: Slots that take part in the statistics.
-
-    Returns:
-        Same shape and dtype; zeros where the deviation is at most 1e-6.
-    """
-    is_out = ~candidates_RKS[:, :, None]
-    count = candidates_RKS.sum(-1).clamp(min=1)[:, :, None, None]
-    mean = raw_RKGS.masked_fill(is_out, 0).sum(-1, keepdim=True) / count
-    centred = raw_RKGS - mean
-    variance = centred.masked_fill(is_out, 0).square().sum(-1, keepdim=True) / count
-    sigma = variance.sqrt()
-    return torch.where(sigma > SIGMA_MIN, centred / sigma.clamp(min=SIGMA_MIN), 0)
-
-
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TriAttentionPolicy(Policy):
@@ -131,11 +111,10 @@ class TriAttentionPolicy(Policy):
     group: Literal["max", "mean"] = "max"
     name: ClassVar[str] = "triattention"
     needs_stats: ClassVar[bool] = True
+    is_standardized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Policy.__post_init__(self)
-        if self.budget is None:
-            raise ConfigError("kv.budget=null: triattention expects a number of tokens")
         if self.offset_max is not None:
             positive("kv.offset_max", self.offset_max)
 

@@ -1,6 +1,6 @@
-"""Policies without statistics: keep everything, or the first and the most recent tokens."""
+"""No compression: every token stays."""
 
-# Legend: R request rows, K key/value heads, S slots.
+# Legend: R rows, K key/value heads, S slots.
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +20,8 @@ class FullPolicy(Policy):
 
     budget: int | None = None
     name: ClassVar[str] = "full"
+    needs_budget: ClassVar[bool] = False
+    scores_positional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.budget is not None:
@@ -32,24 +34,3 @@ class FullPolicy(Policy):
     def score(self, view: CacheView) -> Tensor:
         """Return equal scores (R, K, S), float32."""
         return torch.zeros_like(view.slot_positions(), dtype=torch.float32)
-
-
-@register
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowPolicy(Policy):
-    """Keep the sinks and the most recent tokens up to the budget.
-
-    Source:
-        arXiv 2309.17453 (StreamingLLM); deviation: keys stay rotated at their original positions.
-    """
-
-    name: ClassVar[str] = "window"
-
-    def __post_init__(self) -> None:
-        Policy.__post_init__(self)
-        if self.budget is None:
-            raise ConfigError("kv.budget=null: the window policy expects a number of tokens")
-
-    def score(self, view: CacheView) -> Tensor:
-        """Return the positions (R, K, S) as scores, float64 (exact for any length)."""
-        return view.slot_positions().double()
