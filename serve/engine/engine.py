@@ -33,6 +33,7 @@ from serve.engine.request import (
 from serve.engine.runner import Runner, Stats
 from serve.engine.sampler import Choice, sample
 from serve.engine.scheduler import Compaction, EngineConfig, Scheduler
+from serve.engine.summaries import Summaries
 from serve.kv import Policy
 from serve.kv.eviction import EvictionLedger
 
@@ -222,11 +223,13 @@ class EngineCore:
 
 
 def accompany(decoder: Decoder, policy: Policy | None, ledger: EvictionLedger | None) -> Companions:
-    """Return what accompanies the sequences: the policy's evidence, then the proof."""
+    """Return what accompanies the sequences: the policy's evidence, mean tokens, the proof."""
     companions: list[Companion] = []
     observer = policy.observer(decoder) if policy is not None else None
     if observer is not None:
         companions.append(Evidence(observer))
+    if policy is not None and policy.budget is not None and policy.summary_tokens:
+        companions.append(Summaries(decoder, policy.summary_tokens))
     if ledger is not None:
         companions.append(DeviationTracker(ledger))
     return Companions(companions)
