@@ -8,8 +8,8 @@ from typing import Any
 _EXPORTS = {
     "LLM": "serve.llm",
     "RequestOutput": "serve.llm",
-    "SamplingParams": "serve.engine.request",
-    "EngineConfig": "serve.engine.scheduler",
+    "SamplingParams": "serve.engine.sampling_params",
+    "EngineConfig": "serve.engine.config",
 }
 
 __all__ = ["LLM", "EngineConfig", "RequestOutput", "SamplingParams"]

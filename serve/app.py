@@ -21,8 +21,8 @@ from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
 from common.tracking import LoggerConfig, record
 from serve.calibrate_app import calibrate
-from serve.engine.request import SamplingParams
-from serve.engine.scheduler import EngineConfig
+from serve.engine.config import EngineConfig
+from serve.engine.sampling_params import SamplingParams
 from serve.evaluate import KvScore, frontier, with_budget
 from serve.kv import POLICIES, FullPolicy, Policy
 from serve.llm import LLM, RequestOutput, policy_stats, progress_bar

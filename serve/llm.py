@@ -16,9 +16,10 @@ from common.errors import BundleError, ConfigError
 from common.models import LipschitzTransformer
 from common.tokenizer import Tokenizer
 from serve.engine import request as engine_request
+from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
-from serve.engine.request import FinishReason, SamplingParams
-from serve.engine.scheduler import EngineConfig
+from serve.engine.request import FinishReason
+from serve.engine.sampling_params import SamplingParams
 from serve.kv import Policy, policy_by_name
 from serve.kv.calibrate import layer_stats
 from serve.kv.eviction import EvictionLedger

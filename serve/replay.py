@@ -12,11 +12,12 @@ from torch import Tensor
 from common.models import LipschitzTransformer
 from serve.decoder import Decoder, as_decoder
 from serve.engine.blocks import BlockManager
+from serve.engine.config import EngineConfig
 from serve.engine.engine import accompany
-from serve.engine.request import Item, Request, SamplingParams
+from serve.engine.request import Compaction, Item, Request
 from serve.engine.request import Sequence as Running
 from serve.engine.runner import Runner, Stats
-from serve.engine.scheduler import EngineConfig
+from serve.engine.sampling_params import SamplingParams
 from serve.kv import Policy
 from serve.kv.eviction import EvictionLedger
 
@@ -103,7 +104,9 @@ class Session:
         self.runner = Runner(
             decoder, self.blocks.num_blocks, config.block_size, config.backend, self.companions
         )
-        self.sequences = [_running(index, row) for index, row in enumerate(tokens_NT.tolist())]
+        self.sequences = [
+            _running(index, row, policy) for index, row in enumerate(tokens_NT.tolist())
+        ]
         self.chunk = max(1, PAIRS // (slots * len(tokens_NT)))
         self.logits: list[Tensor] = []
         self.keeps: list[Tensor] = []
@@ -160,12 +163,17 @@ class Session:
             sequence.kv_len, sequence.compressed = budget, True
 
 
-def _running(index: int, tokens: list[int]) -> Running:
+def _running(index: int, tokens: list[int], policy: Policy | None) -> Running:
+    compaction = None
+    if policy is not None and policy.budget is not None:
+        budget = policy.budget_for(len(tokens))
+        compaction = Compaction(budget=budget, interval=policy.interval)
     request = Request(
         request_id=str(index),
         prompt=tuple(tokens),
         params=SamplingParams(),
         seed=0,
         max_total=len(tokens) + 1,
+        compaction=compaction,
     )
     return Running.start(request)

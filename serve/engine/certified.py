@@ -42,7 +42,9 @@ class DeviationTracker(Companion):
         )
 
     def compacting(self, view: CacheView, sequences: Rows[Sequence], keep_RKS: Tensor) -> None:
-        """Tell the ledger what is about to be lost."""
+        """Tell the ledger what is about to be lost; all sequences want that or none does."""
+        if not sequences[0].request.params.certified:
+            return
         for sequence in sequences:
             if sequence.ledger_row is None:
                 sequence.ledger_row = self.ledger.open()
@@ -51,6 +53,9 @@ class DeviationTracker(Companion):
 
     def record(self, sequences: Rows[Sequence], logits_RV: Tensor) -> None:
         """Append the bound at the token that each sequence is about to get."""
+        wanted = [i for i, s in enumerate(sequences) if s.request.params.certified]
+        if len(wanted) < len(sequences):
+            sequences, logits_RV = [sequences[i] for i in wanted], logits_RV[wanted]
         lost = [i for i, sequence in enumerate(sequences) if sequence.ledger_row is not None]
         bounds, keeps = [0.0] * len(sequences), [True] * len(sequences)
         if lost:

@@ -1,14 +1,15 @@
 """The engine core: ``add``, ``abort``, ``step``; no threads, no text, no HTTP.
 
 What is guaranteed about a request's tokens: they depend on its prompt, its parameters and its seed
-alone. In the default mode the logits also carry rounding that depends on the batch (matrix
-products of other shapes), so a token can differ where two candidates tie to about 1e-6 in float32;
-``deterministic=true`` removes that too, bit for bit, for the same engine settings and threads.
+alone. In the default mode the logits also carry rounding that depends on the batch and on what the
+prefix cache held (matrix products of other shapes), so a token can differ where two candidates tie
+to about 1e-6 in float32; ``deterministic=true`` removes that too, bit for bit, for the same engine
+settings and threads.
 """
 
 import itertools
 import logging
-import secrets
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Rows
 
 import torch
@@ -17,22 +18,19 @@ from torch import Tensor
 from common.errors import DataError
 from common.models import LipschitzTransformer
 from serve.decoder import Decoder, as_decoder
-from serve.engine.blocks import BlockManager
+from serve.engine.admission import Admission
+from serve.engine.blocks import BlockManager, BlockPlan
 from serve.engine.certified import DeviationTracker
 from serve.engine.companions import Companion, Companions
+from serve.engine.config import EngineConfig
 from serve.engine.evidence import Evidence
 from serve.engine.pools import block_bytes
-from serve.engine.request import (
-    FinishReason,
-    Item,
-    Request,
-    SamplingParams,
-    Sequence,
-    new_tokens_limit,
-)
+from serve.engine.request import FinishReason, Item, Sequence
 from serve.engine.runner import Runner, Stats
-from serve.engine.sampler import Choice, sample
-from serve.engine.scheduler import Compaction, EngineConfig, Scheduler
+from serve.engine.sampler import Choice, Sampler, top_logprobs
+from serve.engine.sampling_params import SamplingParams
+from serve.engine.scheduler import Scheduler
+from serve.engine.stats import EngineStats
 from serve.engine.summaries import Summaries
 from serve.kv import Policy
 from serve.kv.eviction import EvictionLedger
@@ -58,6 +56,7 @@ class EngineCore:
         policy: Cache policy; None or one without a budget never compacts.
         stats: Calibration statistics of each layer, for policies that need them.
         ledger: Bounds what eviction did to the logits, token by token; None bounds nothing.
+        eos_ids: Tokens that end a text unless its parameters ignore them.
     """
 
     def __init__(
@@ -67,30 +66,33 @@ class EngineCore:
         policy: Policy | None = None,
         stats: Stats = None,
         ledger: EvictionLedger | None = None,
+        eos_ids: Collection[int] = (),
     ) -> None:
         self.decoder, self.config = as_decoder(model), config or EngineConfig()
         self.policy, self.stats = policy, None if stats is None else list(stats)
-        blocks = BlockManager(pool_blocks(self.decoder, self.config), self.config.block_size)
-        compaction = None
-        if policy is not None and policy.budget is not None:
-            compaction = Compaction(budget=policy.budget, interval=policy.interval)
-        self.scheduler = Scheduler(self.config, blocks, compaction)
+        decoder, config = self.decoder, self.config
+        blocks = BlockManager(pool_blocks(decoder, config), config.block_size)
+        salt = f"{decoder.fingerprint} {decoder.dtype}" if config.prefix_caching else ""
+        self.scheduler = Scheduler(config, blocks, salt)
+        self.admission = Admission(decoder.vocab_size, decoder.context, policy, eos_ids)
         self.ledger = ledger
-        self.companions = accompany(self.decoder, policy, ledger)
+        self.companions = accompany(decoder, policy, ledger)
         self.runner = Runner(
-            self.decoder,
-            blocks.num_blocks,
-            blocks.block_size,
-            self.config.backend,
-            self.companions,
+            decoder, blocks.num_blocks, blocks.block_size, config.backend, self.companions
         )
-        self._live: dict[str, Sequence] = {}
+        self.sampler = Sampler()
+        self._live: dict[str, list[Sequence]] = {}
         self._names = itertools.count()
 
     @property
     def has_work(self) -> bool:
         """True while any request waits or runs."""
         return self.scheduler.has_work
+
+    @property
+    def counters(self) -> EngineStats:
+        """What has happened since the start."""
+        return self.scheduler.stats
 
     def add(
         self,
@@ -99,46 +101,69 @@ class EngineCore:
         *,
         request_id: str | None = None,
         compress: bool = True,
+        cache_salt: str = "",
     ) -> Sequence:
-        """Queue a request.
+        """Queue a request and return its first choice; see ``add_choices``."""
+        return self.add_choices(
+            prompt, params, request_id=request_id, compress=compress, cache_salt=cache_salt
+        )[0]
+
+    def add_choices(
+        self,
+        prompt: Rows[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        compress: bool = True,
+        cache_salt: str = "",
+    ) -> list[Sequence]:
+        """Queue a request with all of its choices; those after the first share its prompt's cache.
 
         Args:
             prompt: Token ids.
             params: Sampling parameters; ``max_tokens`` beyond the context ends in "length".
             request_id: Unique name; drawn when absent.
             compress: False keeps this request's cache whole.
+            cache_salt: Only requests with the same salt share cached prefixes.
 
         Returns:
-            Its live state; finished when ``finish_reason`` is set.
+            The live state of each choice; finished when ``finish_reason`` is set.
 
         Raises:
             DataError: if the prompt is empty, foreign to the vocabulary, leaves no room in the
                 context, or can never fit the pool.
+            ConfigError: for parameters that name tokens outside the vocabulary.
         """
-        check_prompt(prompt, self.decoder.vocab_size, self.decoder.context)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._live:
             raise DataError(f"request id {name!r} is in use; choose another")
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        limit = new_tokens_limit(len(prompt), self.decoder.context, params.max_tokens)
-        request = Request(
-            request_id=name,
-            prompt=tuple(prompt),
-            params=params,
-            seed=seed,
-            max_total=limit,
-            compress=compress,
+        requests = self.admission.requests(
+            name, prompt, params, compress=compress, cache_salt=cache_salt
         )
-        sequence = Sequence.start(request)
-        self.scheduler.add(sequence)
-        self._live[name] = sequence
-        return sequence
+        self.scheduler.check_fits(requests[0])
+        sequences = [Sequence.start(request) for request in requests]
+        for sequence in sequences:
+            self.scheduler.add(sequence, None if sequence is sequences[0] else sequences[0])
+        self._live[name] = list(sequences)
+        return sequences
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
-        """End a live request and free its blocks; unknown names are ignored."""
-        sequence = self._live.get(request_id)
-        if sequence is not None:
-            self._finish(sequence, reason)
+        """End all choices of a live request and free their blocks; unknown names are ignored."""
+        for sequence in list(self._live.get(request_id, ())):
+            self.finish(sequence, reason)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End one live choice and free its blocks; one that ended already is left alone."""
+        name = sequence.request.request_id
+        if sequence not in self._live.get(name, ()):
+            return
+        self._live[name].remove(sequence)
+        if not self._live[name]:
+            del self._live[name]
+        sequence.finish_reason, sequence.error = reason, error
+        self.scheduler.finish(sequence, in_doubt=reason == "error")
+        self.companions.close(sequence)
+        self.sampler.close(sequence)
 
     def step(self) -> list[Sequence]:
         """Run one scheduling step.
@@ -146,27 +171,28 @@ class EngineCore:
         Returns:
             The sequences that got a token or ended. A fault of the model ends the requests of this
             step with "error"; the others go on.
+
+        Raises:
+            AssertionError: if the block accounting is wrong: the engine cannot go on.
+            RuntimeError: if the device is lost.
         """
         items = self.scheduler.schedule()
+        for sequence in self.scheduler.take_preempted():
+            self.companions.close(sequence)
         if not items:
             assert not self.has_work, "requests wait, yet nothing can run"
             return []
         try:
             changed = self._execute(items)
         except Exception as error:
-            log.exception("engine step failed; its %d requests end with an error", len(items))
-            changed = [item.sequence for item in items]
-            for sequence in changed:
-                if sequence.finish_reason is None:
-                    self._finish(sequence, "error", f"{type(error).__name__}: {error}")
+            changed = self._fail(items, error)
         if self.config.debug:
-            self.scheduler.blocks.check(s.block_table for s in self.scheduler.sequences)
+            self._check()
         return changed
 
     def _execute(self, items: list[Item]) -> list[Sequence]:
         logits = self._forward(items)
-        for item in items:
-            item.sequence.advance(item.count)
+        self.scheduler.advance(items)
         ready = [index for index, item in enumerate(items) if item.sequence.remaining == 0]
         sequences = [items[index].sequence for index in ready]
         if ready:
@@ -174,52 +200,107 @@ class EngineCore:
         self._compact(self.scheduler.due(items))
         return sequences
 
+    def _fail(self, items: list[Item], error: Exception) -> list[Sequence]:
+        log.error(
+            "engine step failed; its %d requests end with an error", len(items), exc_info=error
+        )
+        self.counters.failed_steps += 1
+        for item in items:
+            self.finish(item.sequence, "error", f"{type(error).__name__}: {error}")
+        self._check()
+        if self.decoder.device.type == "cuda":
+            # After a sticky device error this raises: nothing can run any more.
+            torch.cuda.synchronize(self.decoder.device)
+        return [item.sequence for item in items]
+
+    def _check(self) -> None:
+        self.scheduler.blocks.check(s.block_table for s in self.scheduler.sequences)
+
     def _forward(self, items: list[Item]) -> Tensor:
+        """Return the logits after the last token of each item (items, V)."""
         groups = [[item] for item in items] if self.config.deterministic else [items]
-        return torch.cat([self.runner.forward(group) for group in groups])
+        if not any(map(_is_scored, items)):
+            return torch.cat([self.runner.forward(group) for group in groups])
+        spans = [item.count if _is_scored(item) else 1 for item in items]
+        parts = [
+            self.runner.forward(
+                group, spans=[item.count if _is_scored(item) else 1 for item in group]
+            )
+            for group in groups
+        ]
+        rows = torch.cat(parts).split(spans)
+        for item, logits_TV in zip(items, rows, strict=True):
+            if _is_scored(item):
+                self._prompt_logprobs(item.sequence, logits_TV)
+        return torch.stack([logits_TV[-1] for logits_TV in rows])
+
+    def _prompt_logprobs(self, sequence: Sequence, logits_TV: Tensor) -> None:
+        """Note how probable the prompt's next tokens were."""
+        first, prompt = sequence.num_tokens, sequence.request.prompt
+        following = list(prompt[first + 1 : first + 1 + len(logits_TV)])
+        tokens_T = torch.tensor(following, dtype=torch.int64, device=logits_TV.device)
+        count = sequence.request.params.prompt_logprobs or 0
+        found = top_logprobs(logits_TV[: len(following)], tokens_T, count)
+        sequence.prompt_logprobs[first:] = found
 
     def _append(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
-        requests = [sequence.request for sequence in sequences]
-        choices = sample(
-            logits_RV,
-            [request.params for request in requests],
-            [request.seed for request in requests],
-            [sequence.num_tokens for sequence in sequences],
-        )
+        choices = self.sampler.choose(sequences, logits_RV)
         self.companions.record(sequences, logits_RV)
         for sequence, choice in zip(sequences, choices, strict=True):
             self._take(sequence, choice)
 
     def _take(self, sequence: Sequence, choice: Choice | None) -> None:
         if choice is None:
-            self._finish(sequence, "error", "the model's logits are not finite; check its weights")
+            self.counters.corrupted_requests += 1
+            self.finish(sequence, "error", "the model's logits are not finite; check its weights")
             return
         sequence.append(choice.token)
+        self.counters.generated_tokens += 1
         if choice.logprobs is not None:
             sequence.logprobs.append(choice.logprobs)
         if sequence.finish_reason is not None:
-            self._finish(sequence, sequence.finish_reason)
+            self.finish(sequence, sequence.finish_reason)
 
     def _compact(self, due: list[Sequence]) -> None:
-        groups = [[sequence] for sequence in due] if self.config.deterministic else [due]
-        for group in filter(None, groups):
-            assert self.policy is not None
-            budget, blocks = self.policy.budget or 0, self.scheduler.blocks
-            rows = [(s, blocks.plan_compaction(s.block_table, budget)) for s in group]
-            try:
-                self.runner.compact(rows, self.policy, self.stats)
-            except BaseException:
-                for _, plan in rows:
-                    blocks.cancel_compaction(plan)
-                raise
-            for sequence, plan in rows:
-                self.scheduler.compacted(sequence, plan)
+        for group in self._compaction_groups(due):
+            blocks, rows = self.scheduler.blocks, list[tuple[Sequence, BlockPlan]]()
+            for sequence in group:
+                assert sequence.request.compaction is not None
+                budget = sequence.request.compaction.budget
+                if rows and blocks.fresh_needed(sequence.block_table, budget) > blocks.num_free:
+                    # Those before it give up what they shared with it.
+                    self._move(rows)
+                    rows = []
+                rows.append((sequence, blocks.plan_compaction(sequence.block_table, budget)))
+            self._move(rows)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        sequence.finish_reason, sequence.error = reason, error
-        self.scheduler.finish(sequence)
-        self.companions.close(sequence)
-        self._live.pop(sequence.request.request_id, None)
+    def _compaction_groups(self, due: list[Sequence]) -> Iterator[list[Sequence]]:
+        if self.config.deterministic:
+            yield from ([sequence] for sequence in due)
+            return
+        # The ledger follows a group as a whole or not at all.
+        for is_certified in (True, False):
+            group = [s for s in due if s.request.params.certified == is_certified]
+            if group:
+                yield group
+
+    def _move(self, rows: list[tuple[Sequence, BlockPlan]]) -> None:
+        assert self.policy is not None
+        try:
+            self.runner.compact(rows, self.policy, self.stats)
+        except BaseException:
+            for _, plan in rows:
+                self.scheduler.blocks.cancel_compaction(plan)
+            raise
+        for sequence, plan in rows:
+            self.scheduler.compacted(sequence, plan)
+
+
+def _is_scored(item: Item) -> bool:
+    """Return True if the logits of all of the item's tokens are needed, for the prompt's sake."""
+    request = item.sequence.request
+    is_asked = request.params.prompt_logprobs is not None and request.choice == 0
+    return is_asked and not item.sequence.has_prompt
 
 
 def accompany(decoder: Decoder, policy: Policy | None, ledger: EvictionLedger | None) -> Companions:
@@ -233,20 +314,3 @@ def accompany(decoder: Decoder, policy: Policy | None, ledger: EvictionLedger | 
     if ledger is not None:
         companions.append(DeviationTracker(ledger))
     return Companions(companions)
-
-
-def check_prompt(prompt: Rows[int], vocab_size: int, context: int) -> None:
-    """Raise ``DataError`` unless the prompt is usable with this vocabulary and context."""
-    if len(prompt) == 0:
-        raise DataError("prompt is empty: expected at least one token; add text")
-    if len(prompt) >= context:
-        raise DataError(
-            f"prompt has {len(prompt)} tokens, the model's context is {context} and must hold at"
-            " least one new token; shorten the prompt"
-        )
-    for token in prompt:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise DataError(
-                f"prompt token {token!r}: expected an integer from 0 to {vocab_size - 1}; "
-                "encode the text with this model's tokenizer"
-            )

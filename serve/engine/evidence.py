@@ -20,14 +20,14 @@ class Evidence(Companion):
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
-        self._rows: dict[str, int] = {}
+        self._rows: dict[Sequence, int] = {}
 
     def rows(self, sequences: Rows[Sequence]) -> list[int]:
         """Return the observer row of each sequence, opening those that have none."""
         for sequence in sequences:
-            if sequence.request.request_id not in self._rows:
-                self._rows[sequence.request.request_id] = self.observer.open()
-        return [self._rows[sequence.request.request_id] for sequence in sequences]
+            if sequence not in self._rows:
+                self._rows[sequence] = self.observer.open()
+        return [self._rows[sequence] for sequence in sequences]
 
     def attended(self, part: Part, sequences: Rows[Sequence]) -> None:
         """Tell the observer of the queries of requests that may be compacted."""
@@ -63,7 +63,7 @@ class Evidence(Companion):
 
     def close(self, sequence: Sequence) -> None:
         """Give back the observer's row."""
-        row = self._rows.pop(sequence.request.request_id, None)
+        row = self._rows.pop(sequence, None)
         if row is not None:
             self.observer.close(row)
 

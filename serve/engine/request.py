@@ -9,95 +9,47 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.config import check_types, positive, within
-from common.errors import ConfigError
 from serve.engine.blocks import BlockTable
+from serve.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
-# Below this a temperature only serves to overflow the division; the request is greedy.
-GREEDY_TEMPERATURE = 1e-5
-MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 256
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How to choose the next token, and when to stop.
+class Compaction:
+    """When a cache is compacted: at lengths that depend on the request alone.
 
     Attributes:
-        temperature: Divides the logits; 0 is greedy; at most 2.
-        top_k: Keep the k most probable tokens; 0 keeps all.
-        top_p: Keep the most probable tokens that together reach this mass, in (0, 1].
-        seed: Signed 64-bit seed; the same seed gives the same tokens in any batch. None draws one.
-        max_tokens: New tokens at most; None generates until the context is full.
-        stop: Strings that end the text; the text before the first of them is returned.
-        stop_token_ids: Tokens that end the request; the token itself is returned last.
-        logprobs: Natural log-probabilities of that many tokens beside the chosen one, from the
-            unmodified logits; None returns none.
-
-    Raises:
-        ConfigError: for a value outside its range.
+        budget: Slots kept.
+        interval: A cache of ``budget + interval`` slots is cut to ``budget``.
+        in_prompt: Compact inside the prompt too; else first when the prompt is complete.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = 64
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        check_types(self)
-        within("temperature", self.temperature, 0.0, 2.0)
-        positive("top_k", self.top_k, zero=True)
-        positive("top_p", self.top_p)
-        within("top_p", self.top_p, 0.0, 1.0)
-        if self.seed is not None:
-            within("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.max_tokens is not None:
-            positive("max_tokens", self.max_tokens)
-        if self.logprobs is not None:
-            within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        self._check_stop()
-
-    def _check_stop(self) -> None:
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise ConfigError(
-                f"stop has {len(self.stop)} strings: expected at most {MAX_STOP_STRINGS}; "
-                "remove some"
-            )
-        for text in self.stop:
-            if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-                raise ConfigError(
-                    f"stop string of {len(text)} characters: expected 1 to "
-                    f"{MAX_STOP_CHARACTERS}; correct it"
-                )
-        for token in self.stop_token_ids:
-            positive("stop_token_ids", token, zero=True)
+    budget: int
+    interval: int
+    in_prompt: bool = False
 
     @property
-    def is_greedy(self) -> bool:
-        """True when the most probable token is always taken."""
-        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+    def trigger(self) -> int:
+        """Physical length at which a cache is compacted."""
+        return self.budget + self.interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt with everything that decides its tokens.
+    """One continuation of a prompt with everything that decides its tokens.
 
     Attributes:
-        request_id: Unique name.
+        request_id: Name; the choices of one prompt share it.
         prompt: Token ids, at least one.
         params: Sampling parameters.
         seed: Seed in force (drawn at admission when the parameters name none).
         max_total: Prompt plus new tokens at most, within the model's context.
-        compress: False opts this request out of cache compression.
+        choice: Which of the prompt's continuations this is, from 0.
+        stop_ids: Tokens that end it.
+        compaction: How its cache is compressed; None where that was declined or cannot happen.
+        prefix_limit: Prompt tokens that may come out of the prefix cache; None allows all.
+        cache_salt: Only requests with the same salt share cached prefixes.
     """
 
     request_id: str
@@ -105,17 +57,35 @@ class Request:
     params: SamplingParams
     seed: int
     max_total: int
-    compress: bool = True
+    choice: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    compaction: Compaction | None = None
+    prefix_limit: int | None = None
+    cache_salt: str = ""
 
     @property
     def max_cached(self) -> int:
         """Tokens that ever enter the cache: the last one sampled is never fed back."""
         return self.max_total - 1
 
+    @property
+    def compress(self) -> bool:
+        """True if its cache will be compacted once it is long enough."""
+        return self.compaction is not None
+
+    @property
+    def peak_slots(self) -> int:
+        """The most cache slots that can be in use at any time."""
+        if self.compaction is None:
+            return self.max_cached
+        whole = 0 if self.compaction.in_prompt else len(self.prompt)
+        return min(self.max_cached, max(whole, self.compaction.trigger))
+
 
 class State(enum.Enum):
     """Where a sequence is in its life."""
 
+    HELD = "held"  # until the prompt that it shares is in the cache
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -130,10 +100,14 @@ class Sequence:
         tokens: Prompt and generated token ids.
         num_tokens: Logical length: tokens that went through the model, next position.
         kv_len: Physical length: cache slots in use, the same in every layer and head.
+        num_hit: Tokens that came out of the prefix cache when it was last admitted.
         block_table: Blocks that hold those slots, in order.
+        keys: Prefix-cache keys of its full blocks, as far as computed.
+        num_keyed: Blocks that were offered to the prefix cache or came out of it.
         compressed: True after the first compaction; such a sequence cannot be recomputed.
         reserved: Blocks set aside for it at admission; 0 for optimistic allocation.
         logprobs: Log-probabilities of each generated token, if asked for.
+        prompt_logprobs: Log-probabilities of each prompt token but the first, if asked for.
         deviations: Certified logits deviation (RMS over the vocabulary) at each generated token.
         keeps_top1: Whether the full cache provably has the same most probable token.
         ledger_row: Its row of the eviction ledger, once something was evicted.
@@ -144,13 +118,17 @@ class Sequence:
     tokens: list[int]
     num_tokens: int = 0
     kv_len: int = 0
+    num_hit: int = 0
     block_table: BlockTable = field(default_factory=BlockTable)
+    keys: list[bytes] = field(default_factory=list)
+    num_keyed: int = 0
     compressed: bool = False
     reserved: int = 0
     state: State = State.WAITING
     finish_reason: FinishReason | None = None
     error: str | None = None
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     deviations: list[float] = field(default_factory=list)
     keeps_top1: list[bool] = field(default_factory=list)
     ledger_row: int | None = None
@@ -169,6 +147,11 @@ class Sequence:
         return self.tokens[len(self.request.prompt) :]
 
     @property
+    def num_output(self) -> int:
+        """Number of generated tokens."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
     def remaining(self) -> int:
         """Known tokens that have not been through the model: 1 while decoding."""
         return len(self.tokens) - self.num_tokens
@@ -179,9 +162,22 @@ class Sequence:
         return self.remaining > 1 or self.num_tokens == 0
 
     @property
+    def has_prompt(self) -> bool:
+        """True once the whole prompt went through the model."""
+        return self.num_tokens >= len(self.request.prompt)
+
+    @property
+    def is_due(self) -> bool:
+        """True if the cache must be compacted before the next token."""
+        compaction = self.request.compaction
+        if compaction is None or not (compaction.in_prompt or self.has_prompt):
+            return False
+        return self.kv_len >= compaction.trigger
+
+    @property
     def kept_fraction(self) -> float:
         """Mean over generated tokens of the share of seen tokens still cached; 1 before any."""
-        count = len(self.output)
+        count = self.num_output
         return self.kept_sum / count if count else 1.0
 
     @property
@@ -198,14 +194,14 @@ class Sequence:
         """Append a sampled token; sets the finish reason when it is the last."""
         self.tokens.append(token)
         self.kept_sum += self.kv_len / self.num_tokens
-        if token in self.request.params.stop_token_ids:
+        if token in self.request.stop_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.request.max_total:
             self.finish_reason = "length"
 
     def reset(self) -> None:
         """Forget the cache so that the sequence is recomputed from its tokens."""
-        self.num_tokens = self.kv_len = 0
+        self.num_tokens = self.kv_len = self.num_keyed = 0
         self.state = State.WAITING
         self.preemptions += 1
 

@@ -80,18 +80,22 @@ class Runner:
         self.pools = Pools(decoder, num_blocks, block_size)
 
     @torch.inference_mode()
-    def forward(self, items: list[Item], *, as_decodes: bool = False) -> Tensor:
+    def forward(
+        self, items: list[Item], *, spans: Rows[int] | None = None, as_decodes: bool = False
+    ) -> Tensor:
         """Run the next tokens of each item and write their keys and values to the cache.
 
         The caller has allocated the slots, and advances the sequences afterwards.
 
         Args:
             items: What to run; lengths of the sequences are those before the step.
+            spans: Of each item, how many of its last tokens the logits are wanted; one by default.
             as_decodes: Treat every token as a decode row (same result up to rounding) and return
                 the logits of all of them: teacher forcing over a compressed cache.
 
         Returns:
-            Logits (items, V) after each item's last token; all tokens (N, V) with ``as_decodes``.
+            Logits (items, V) after each item's last token, or (M, V) after those of ``spans``; all
+            tokens (N, V) with ``as_decodes``.
         """
         order = sorted(range(len(items)), key=lambda index: not items[index].is_decode)
         ordered = [items[index] for index in order]
@@ -106,7 +110,11 @@ class Runner:
         last_M = None
         if not as_decodes:
             inverse = sorted(range(len(order)), key=order.__getitem__)
-            last_M = self._tensor([batch.last[index] for index in inverse])
+            last = [batch.last[index] for index in inverse]
+            pairs = zip(last, spans or [1] * len(items), strict=True)
+            last_M = self._tensor(
+                [i for end, span in pairs for i in range(end - span + 1, end + 1)]
+            )
         with _few_threads(self.decoder.num_parameters * len(batch.tokens_N)):
             return self.decoder.forward(batch.tokens_N, batch.positions_N, attend, last_M)
 

@@ -3,98 +3,22 @@
 Decodes go first, then prefill chunks in order of arrival, under one token budget. Nobody overtakes.
 Requests that may be compacted reserve their bounded worst case and are never preempted; others
 allocate as they grow, and the newest of them is recomputed when the pool runs out.
+
+Books: the reserved blocks plus the blocks that anybody without a reservation holds never exceed the
+pool. A shared block counts once for each holder with a reservation, yet exists once; therefore a
+holder that compacts away from it always finds a free block to take instead.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
-from common.config import check_types, one_of, positive
-from common.errors import ConfigError, DataError
-from serve.engine.blocks import BlockManager, BlockPlan
-from serve.engine.request import Item, Sequence, State
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """Size and behaviour of the engine.
-
-    Attributes:
-        block_size: Cache slots per block, a power of two up to 256.
-        num_blocks: Blocks in the pool; None fits ``max_num_seqs`` full contexts or ``cache_bytes``.
-        cache_bytes: Upper limit of an automatically sized pool, in bytes.
-        max_num_seqs: Requests that run at the same time.
-        max_num_batched_tokens: Tokens per step: decodes first, the rest prefill chunks.
-        deterministic: Make tokens bit for bit independent of other requests in every dtype: each
-            request runs its own matrix products on fixed chunks, with all memory reserved. Slower.
-        dtype: Weights and cache: "float32", "float64" or "bfloat16"; None keeps the model's.
-        backend: Kernels: "auto" (Triton on CUDA where there is one) or "torch".
-        certificate: Bound the logits deviation of every token when the model has a certificate.
-        debug: Check the block accounting after every step.
-
-    Raises:
-        ConfigError: for an impossible value.
-    """
-
-    block_size: int = 16
-    num_blocks: int | None = None
-    cache_bytes: int = 2**30
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 512
-    deterministic: bool = False
-    dtype: Literal["float32", "float64", "bfloat16"] | None = None
-    backend: str = "auto"
-    certificate: bool = True
-    debug: bool = False
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("block_size", "cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
-            positive(f"engine.{name}", getattr(self, name))
-        if self.num_blocks is not None:
-            positive("engine.num_blocks", self.num_blocks)
-        if self.block_size & (self.block_size - 1) or self.block_size > 256:
-            raise ConfigError(
-                f"engine.block_size={self.block_size}: expected a power of two up to 256; round it"
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: expected at least "
-                f"max_num_seqs={self.max_num_seqs}, one token for each request; raise it"
-            )
-        # "triton" alone is for single kernels: attention has none, so no engine could run on it.
-        one_of("engine.backend", self.backend, ("auto", "torch"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Compaction:
-    """When a cache is compacted: at lengths that depend on the request alone.
-
-    Attributes:
-        budget: Slots kept.
-        interval: A cache of ``budget + interval`` slots is cut to ``budget``.
-    """
-
-    budget: int
-    interval: int
-
-    @property
-    def trigger(self) -> int:
-        """Physical length at which a cache is compacted."""
-        return self.budget + self.interval
-
-    def may_happen(self, sequence: Sequence) -> bool:
-        """Return True if the request can reach the trigger with a token still to come."""
-        request = sequence.request
-        return request.compress and request.max_cached > self.trigger
-
-    def is_due(self, sequence: Sequence) -> bool:
-        """Return True if the cache must be cut now; never inside a prompt."""
-        # The chunk before the last prompt token looks like a decode: compare with the prompt.
-        if not sequence.request.compress or sequence.num_tokens < len(sequence.request.prompt):
-            return False
-        return sequence.kv_len >= self.trigger
+from common.errors import DataError
+from serve.engine.blocks import BlockManager, BlockPlan, BlockTable
+from serve.engine.config import EngineConfig
+from serve.engine.prefix import extend_keys, root_key
+from serve.engine.request import Item, Request, Sequence, State
+from serve.engine.stats import EngineStats
 
 
 class Scheduler:
@@ -103,17 +27,18 @@ class Scheduler:
     Args:
         config: Engine settings.
         blocks: Accounting of the pool.
-        compaction: Trigger rule; None never compacts.
+        fingerprint: What beside tokens and settings decides cached keys and values: the model.
     """
 
-    def __init__(
-        self, config: EngineConfig, blocks: BlockManager, compaction: Compaction | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, blocks: BlockManager, fingerprint: str = "") -> None:
         self.config = config
         self.blocks = blocks
-        self.compaction = compaction
+        self.fingerprint = fingerprint
+        self.stats = EngineStats()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.held: dict[Sequence, list[Sequence]] = {}
+        self._preempted: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
@@ -125,21 +50,39 @@ class Scheduler:
         """All live sequences."""
         yield from self.running
         yield from self.waiting
+        for followers in self.held.values():
+            yield from followers
 
-    def add(self, sequence: Sequence) -> None:
+    def check_fits(self, request: Request) -> None:
+        """Raise ``DataError`` if the request cannot fit the pool even when it is alone."""
+        needed = self.blocks.blocks_for(request.peak_slots)
+        if needed <= self.blocks.num_blocks:
+            return
+        remedy = "lower max_tokens or raise engine.num_blocks"
+        if request.compaction is not None:
+            remedy = "set kv.compress_prefill=true or raise engine.num_blocks"
+        raise DataError(
+            f"request {request.request_id!r} needs {needed} cache blocks of "
+            f"{self.blocks.block_size}, the pool has {self.blocks.num_blocks}; {remedy}"
+        )
+
+    def add(self, sequence: Sequence, leader: Sequence | None = None) -> None:
         """Queue a sequence.
+
+        Args:
+            sequence: New sequence.
+            leader: A sequence of the same prompt, just added. The new one waits until that prompt
+                is in the cache, where caching lets it use it.
 
         Raises:
             DataError: if it cannot fit the pool even when it is alone.
         """
-        needed = self.blocks.blocks_for(self._peak_slots(sequence))
-        if needed > self.blocks.num_blocks:
-            raise DataError(
-                f"request {sequence.request.request_id!r} needs {needed} cache blocks of "
-                f"{self.blocks.block_size}, the pool has {self.blocks.num_blocks}; lower max_tokens"
-                " or raise engine.num_blocks"
-            )
-        self.waiting.append(sequence)
+        self.check_fits(sequence.request)
+        if leader is not None and self._hit_limit(sequence) >= self.blocks.block_size:
+            sequence.state = State.HELD
+            self.held.setdefault(leader, []).append(sequence)
+        else:
+            self.waiting.append(sequence)
 
     def schedule(self) -> list[Item]:
         """Choose the next step and allocate its blocks.
@@ -159,30 +102,56 @@ class Scheduler:
             budget -= self._add_chunk(chunks, self.running[-1], budget)
         return items + chunks
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, whatever its state, and release its blocks."""
+    def take_preempted(self) -> list[Sequence]:
+        """Return the sequences that lost their cache since the last call."""
+        taken, self._preempted = self._preempted, []
+        return taken
+
+    def advance(self, items: list[Item]) -> None:
+        """Record that a step's tokens are in the cache; full blocks become findable."""
+        for item in items:
+            sequence = item.sequence
+            sequence.advance(item.count)
+            self._register(sequence)
+            if sequence.has_prompt:
+                self._release_followers(sequence)
+
+    def finish(self, sequence: Sequence, *, in_doubt: bool = False) -> None:
+        """Take a sequence out, whatever its state, and release its blocks.
+
+        Args:
+            sequence: Live sequence.
+            in_doubt: Its cache may be wrong; then nobody will find it again.
+        """
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
+        elif sequence.state is State.HELD:
+            next(group for group in self.held.values() if sequence in group).remove(sequence)
+        if in_doubt:
+            self.blocks.forget(sequence.block_table)
         self.blocks.free(sequence.block_table)
         sequence.state = State.FINISHED
+        self._release_followers(sequence)
 
     def due(self, items: list[Item]) -> list[Sequence]:
         """Return the live sequences of a step whose cache must be compacted before the next."""
-        if self.compaction is None:
-            return []
         candidates = [item.sequence for item in items if item.sequence.state is State.RUNNING]
-        return [sequence for sequence in candidates if self.compaction.is_due(sequence)]
+        return [sequence for sequence in candidates if sequence.is_due]
 
     def compacted(self, sequence: Sequence, plan: BlockPlan) -> None:
         """Record that the kept slots moved: a shorter table, and a smaller reservation."""
-        assert self.compaction is not None
+        compaction = sequence.request.compaction
+        assert compaction is not None
+        self.stats.compactions += 1
+        self.stats.evicted_tokens += sequence.kv_len - compaction.budget
+        self.stats.reclaimed_blocks += len(plan.source) - len(plan.target)
         self.blocks.commit_compaction(sequence.block_table, plan)
-        sequence.kv_len = self.compaction.budget
+        sequence.kv_len = compaction.budget
         sequence.compressed = True
         sequence.compactions += 1
-        worst = self.blocks.blocks_for(self.compaction.trigger)
+        worst = self.blocks.blocks_for(compaction.trigger)
         sequence.reserved = min(sequence.reserved, worst)
 
     def _schedule_decodes(self) -> list[Item]:
@@ -197,9 +166,9 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Preempt the newest until ``sequence`` can grow; False when it was itself the newest."""
-        while self.blocks.missing(sequence.block_table, sequence.kv_len + 1) > self._spare(
-            sequence
-        ):
+        if sequence.reserved:
+            return True
+        while self.blocks.missing(sequence.block_table, sequence.kv_len + 1) > self._spare:
             victim = next(other for other in reversed(self.running) if not other.reserved)
             self._preempt(victim)
             if victim is sequence:
@@ -211,14 +180,20 @@ class Scheduler:
         self.blocks.free(victim.block_table)
         victim.reset()
         self.waiting.appendleft(victim)
+        self._preempted.append(victim)
+        self.stats.preemptions += 1
 
     def _add_chunk(self, chunks: list[Item], sequence: Sequence, budget: int) -> int:
-        count = min(sequence.remaining, budget)
+        count = min(sequence.remaining, self.config.max_num_batched_tokens)
+        compaction = sequence.request.compaction
+        if compaction is not None and compaction.in_prompt:
+            count = min(count, compaction.trigger - sequence.kv_len)
         if self.config.deterministic:
             # Chunk ends may depend on the request alone, hence a whole chunk or none.
-            whole = min(sequence.remaining, self.config.max_num_batched_tokens)
-            count = whole if whole <= budget else 0
+            count = count if count <= budget else 0
+        count = min(count, budget)
         if count > 0:
+            self.blocks.grow(sequence.block_table, sequence.kv_len + count)
             chunks.append(Item(sequence=sequence, count=count))
         return max(count, 0)
 
@@ -226,38 +201,90 @@ class Scheduler:
         """Move the head of the queue to the running list if its blocks are there."""
         if not self.waiting or len(self.running) >= self.config.max_num_seqs:
             return False
-        sequence = self.waiting[0]
-        if self._is_reserving(sequence):
-            needed = self.blocks.blocks_for(self._peak_slots(sequence))
+        sequence, blocks = self.waiting[0], self.blocks
+        found = self._find_prefix(sequence)
+        is_reserving = self.config.deterministic or sequence.request.compress
+        if is_reserving:
+            needed = blocks.blocks_for(sequence.request.peak_slots)
         else:
-            needed = self.blocks.blocks_for(len(sequence.tokens))
-        if needed > self._spare(None):
+            needed = blocks.blocks_for(len(sequence.tokens))
+            needed -= sum(blocks.is_optimistic(block) for block in found)
+        if needed > self._spare:
             return False
         self.waiting.popleft()
-        sequence.reserved = needed if self._is_reserving(sequence) else 0
-        # The whole prompt at once: a chunked prefill can then never wait for blocks.
-        self.blocks.grow(sequence.block_table, len(sequence.tokens))
+        sequence.reserved = needed if is_reserving else 0
+        sequence.block_table = BlockTable(reserving=is_reserving)
+        blocks.adopt(sequence.block_table, found)
+        if not is_reserving:
+            # The whole prompt at once: a chunked prefill can then never wait for blocks.
+            blocks.grow(sequence.block_table, len(sequence.tokens))
+        sequence.num_keyed = len(found)
+        sequence.num_hit = len(found) * blocks.block_size
+        sequence.advance(sequence.num_hit)
+        if not sequence.preemptions:
+            self.stats.prompt_tokens += len(sequence.request.prompt)
+        self.stats.prefix_queries += len(sequence.tokens)
+        self.stats.prefix_hits += sequence.num_hit
         sequence.state = State.RUNNING
         self.running.append(sequence)
         return True
 
-    def _is_reserving(self, sequence: Sequence) -> bool:
-        if self.config.deterministic:
-            return True
-        return self.compaction is not None and self.compaction.may_happen(sequence)
+    @property
+    def _spare(self) -> int:
+        """Blocks that are neither reserved nor held without a reservation."""
+        reserved = sum(sequence.reserved for sequence in self.running)
+        return self.blocks.num_blocks - reserved - self.blocks.num_optimistic
 
-    def _peak_slots(self, sequence: Sequence) -> int:
-        """Return the most slots that the sequence can occupy at any time."""
+    def _release_followers(self, leader: Sequence) -> None:
+        """Queue those who waited for this sequence's prompt, ahead of all who came later."""
+        for follower in reversed(self.held.pop(leader, [])):
+            follower.state = State.WAITING
+            self.waiting.appendleft(follower)
+
+    def _hit_limit(self, sequence: Sequence) -> int:
+        """Return how many of its known tokens may come out of the prefix cache."""
+        if not self.config.prefix_caching:
+            return 0
         request = sequence.request
-        if self.compaction is None or not self.compaction.may_happen(sequence):
-            return request.max_cached
-        return min(request.max_cached, max(len(request.prompt), self.compaction.trigger))
+        # The last token is always recomputed: its logits are needed.
+        limits = [len(sequence.tokens) - 1]
+        if request.prefix_limit is not None:
+            limits.append(request.prefix_limit)
+        if request.compaction is not None and request.compaction.in_prompt:
+            limits.append(request.compaction.trigger - 1)
+        return min(limits)
 
-    def _spare(self, sequence: Sequence | None) -> int:
-        """Return the free blocks that ``sequence`` may take: all but those reserved for others."""
-        if sequence is not None and sequence.reserved:
-            return self.blocks.num_free
-        outstanding = sum(
-            other.reserved - len(other.block_table) for other in self.running if other.reserved
-        )
-        return self.blocks.num_free - outstanding
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        block_size, limit = self.blocks.block_size, self._hit_limit(sequence)
+        self._extend_keys(sequence, limit)
+        found = self.blocks.match(sequence.keys[: max(0, limit) // block_size])
+        if self.config.deterministic:
+            # Chunks must begin where they would without the hit.
+            step = math.lcm(self.config.max_num_batched_tokens, block_size) // block_size
+            return found[: len(found) // step * step]
+        return found
+
+    def _register(self, sequence: Sequence) -> None:
+        """Offer the full blocks that hold exactly the tokens they were filled with."""
+        if not self.config.prefix_caching or sequence.compressed:
+            return
+        num_tokens = sequence.num_tokens
+        if self.config.deterministic:
+            num_tokens = min(num_tokens, self._whole_chunks(sequence.request))
+        self._extend_keys(sequence, num_tokens)
+        for index in range(sequence.num_keyed, num_tokens // self.blocks.block_size):
+            self.blocks.register(sequence.block_table[index], sequence.keys[index])
+            sequence.num_keyed = index + 1
+
+    def _whole_chunks(self, request: Request) -> int:
+        """Return the prompt tokens in chunks of full size: others round differently."""
+        chunk, length = self.config.max_num_batched_tokens, len(request.prompt)
+        if request.compaction is not None and request.compaction.in_prompt:
+            length = min(length, request.compaction.trigger)
+        return length // chunk * chunk
+
+    def _extend_keys(self, sequence: Sequence, num_tokens: int) -> None:
+        block_size = self.blocks.block_size
+        if len(sequence.keys) < num_tokens // block_size:
+            root = root_key(self.fingerprint, str(block_size), sequence.request.cache_salt)
+            extend_keys(sequence.keys, root, sequence.tokens, block_size, num_tokens)

@@ -55,13 +55,13 @@ class Summaries(Companion):
                 group = self._group(decoder, layers)
                 self._stores.append(group)
                 self._groups |= {layer: (group, i) for i, layer in enumerate(layers)}
-        self._rows: dict[str, int] = {}
+        self._rows: dict[Sequence, int] = {}
 
     def attended(self, part: Part, sequences: Rows[Sequence]) -> Tensor | None:
         """Return the outputs with the pseudo tokens, None where no sequence has any."""
         if part.layer not in self._groups or part.lse_NH is None:
             return None
-        rows = [self._rows.get(sequence.request.request_id, 0) for sequence in sequences]
+        rows = [self._rows.get(sequence, 0) for sequence in sequences]
         if not any(rows):
             return None
         group, index = self._groups[part.layer]
@@ -74,16 +74,15 @@ class Summaries(Companion):
         if found is None:
             return
         for sequence in sequences:
-            if sequence.request.request_id not in self._rows:
-                opened = {group.store.open() for group in self._stores}
-                (self._rows[sequence.request.request_id],) = opened
-        rows = [self._rows[sequence.request.request_id] for sequence in sequences]
+            if sequence not in self._rows:
+                (self._rows[sequence],) = {group.store.open() for group in self._stores}
+        rows = [self._rows[sequence] for sequence in sequences]
         found[0].store.evict(view, rows, keep_RKS)
         found[0].tokens = self._tokens(found[0].store)
 
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence."""
-        row = self._rows.pop(sequence.request.request_id, None)
+        row = self._rows.pop(sequence, None)
         if row is not None:
             for group in self._stores:
                 group.store.close(row)

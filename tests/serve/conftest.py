@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from common.models import LipschitzTransformer, ModelConfig
+from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
-from serve.engine.request import SamplingParams, Sequence
-from serve.engine.scheduler import EngineConfig
+from serve.engine.request import Sequence
+from serve.engine.sampling_params import SamplingParams
 from serve.kv import Policy
 
 CONTEXT = 96

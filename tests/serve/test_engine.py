@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from common.models import LipschitzTransformer
+from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
-from serve.engine.request import SamplingParams, Sequence
+from serve.engine.request import Sequence
 from serve.engine.sampler import sample
-from serve.engine.scheduler import EngineConfig
+from serve.engine.sampling_params import SamplingParams
 from serve.kernels import gather_pages
 from serve.kv import CacheView, FullPolicy, Policy, WindowPolicy
 

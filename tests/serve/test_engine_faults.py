@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from common.errors import DataError
+from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
-from serve.engine.request import SamplingParams
-from serve.engine.scheduler import EngineConfig
+from serve.engine.sampling_params import SamplingParams
 from serve.kv import WindowPolicy
 
 

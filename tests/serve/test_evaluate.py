@@ -8,8 +8,8 @@ import torch
 from common.errors import ShapeError
 from common.models import LipschitzTransformer, ModelConfig
 from serve.decoder import as_decoder
+from serve.engine.config import EngineConfig
 from serve.engine.request import Item
-from serve.engine.scheduler import EngineConfig
 from serve.evaluate import frontier, full_logits, score_policy, with_budget
 from serve.kv import FullPolicy, Policy, TriAttentionPolicy, WindowPolicy
 from serve.kv.calibrate import calibrate, layer_stats

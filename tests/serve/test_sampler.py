@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from serve.engine import sampler
-from serve.engine.request import SamplingParams
 from serve.engine.sampler import filtered_probabilities, sample, uniform
+from serve.engine.sampling_params import SamplingParams
 
 VOCAB = 40
 EXACT = 1e-12
