@@ -18,6 +18,8 @@ from common.errors import ShapeError
 from serve.kernels.launch import check_storage, int32
 from serve.kernels.tuning import tuning_for
 
+POOLS = 3  # moved by one launch: keys, values, positions
+
 
 @triton.jit
 def _count_below(keep_ptr, kept, limit, SEARCH: tl.constexpr, GAPS: tl.constexpr):
@@ -36,34 +38,20 @@ def _count_below(keep_ptr, kept, limit, SEARCH: tl.constexpr, GAPS: tl.constexpr
 
 
 @triton.jit
-def _copy_slots(
-    pool_ptr,
-    src_ptr,
-    dst_ptr,
-    kv_head,
-    source,
-    target,
-    is_due,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_PADDED: tl.constexpr,
-):
-    """Copy whole slots between pages; padding (negative pages) is neither read nor written."""
-    from_page = tl.load(src_ptr + source // BLOCK_SIZE, mask=is_due, other=-1).to(tl.int64)
-    to_page = tl.load(dst_ptr + target // BLOCK_SIZE, mask=is_due, other=-1).to(tl.int64)
-    is_due = is_due & (from_page >= 0) & (to_page >= 0)
-    from_line = (from_page * KV_HEADS + kv_head) * BLOCK_SIZE + source % BLOCK_SIZE
-    to_line = (to_page * KV_HEADS + kv_head) * BLOCK_SIZE + target % BLOCK_SIZE
-    column = tl.arange(0, WIDTH_PADDED)
-    mask = is_due[:, None] & (column < WIDTH)[None, :]
-    data = tl.load(pool_ptr + from_line[:, None] * WIDTH + column[None, :], mask=mask)
-    tl.store(pool_ptr + to_line[:, None] * WIDTH + column[None, :], data, mask=mask)
+def _copy(pool_ptr, from_line, to_line, is_due, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Copy whole slots of one pool; a width of zero means that there is no such pool."""
+    if WIDTH > 0:
+        column = tl.arange(0, PADDED)
+        mask = is_due[:, None] & (column < WIDTH)[None, :]
+        data = tl.load(pool_ptr + from_line[:, None] * WIDTH + column[None, :], mask=mask)
+        tl.store(pool_ptr + to_line[:, None] * WIDTH + column[None, :], data, mask=mask)
 
 
 @triton.jit
 def _compact_kernel(
-    pool_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
     keep_ptr,
     src_ptr,
     dst_ptr,
@@ -73,11 +61,15 @@ def _compact_kernel(
     move_programs,
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_PADDED: tl.constexpr,
     SEARCH: tl.constexpr,
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
+    A_WIDTH: tl.constexpr,
+    A_PADDED: tl.constexpr,
+    B_WIDTH: tl.constexpr,
+    B_PADDED: tl.constexpr,
+    C_WIDTH: tl.constexpr,
+    C_PADDED: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -85,43 +77,43 @@ def _compact_kernel(
     keep_ptr += (row * KV_HEADS + kv_head).to(tl.int64) * kept
     src_ptr += row * src_stride
     dst_ptr += row * dst_stride
-    if program < move_programs:
-        rank = program * ROWS + tl.arange(0, ROWS)
-        all_kept = tl.zeros_like(rank) + kept
-        mover = _count_below(keep_ptr, kept, all_kept, SEARCH, False) + rank
-        is_due = mover < kept
-        source = tl.load(keep_ptr + mover, mask=is_due, other=0).to(tl.int32)
-        hole = rank + _count_below(keep_ptr, kept, rank + 1, SEARCH, True)
-        _copy_slots(
-            pool_ptr, src_ptr, dst_ptr, kv_head, source, hole, is_due,
-            KV_HEADS, BLOCK_SIZE, WIDTH, WIDTH_PADDED,
-        )  # fmt: skip
-    else:
+    first = program * ROWS
+    chunks = 1
+    if program >= move_programs:
         # Slots that keep their index move only where their page is replaced: rarely.
         first = (program - move_programs) * SPAN
-        page = (first + tl.arange(0, SPAN)) // BLOCK_SIZE
-        exists = first + tl.arange(0, SPAN) < kept
-        is_new = tl.load(src_ptr + page, mask=exists, other=0)
-        is_new = is_new != tl.load(dst_ptr + page, mask=exists, other=0)
-        if tl.max(is_new.to(tl.int32)) > 0:
-            for start in range(0, SPAN, ROWS):
-                slot = first + start + tl.arange(0, ROWS)
-                at = _count_below(keep_ptr, kept, slot, SEARCH, False)
-                entry = tl.load(keep_ptr + at, mask=at < kept, other=-1).to(tl.int32)
-                place = slot // BLOCK_SIZE
-                is_due = (slot < kept) & (entry == slot)
-                old = tl.load(src_ptr + place, mask=is_due, other=0)
-                is_due = is_due & (old != tl.load(dst_ptr + place, mask=is_due, other=0))
-                _copy_slots(
-                    pool_ptr, src_ptr, dst_ptr, kv_head, slot, slot, is_due,
-                    KV_HEADS, BLOCK_SIZE, WIDTH, WIDTH_PADDED,
-                )  # fmt: skip
+        slot = first + tl.arange(0, SPAN)
+        old = tl.load(src_ptr + slot // BLOCK_SIZE, mask=slot < kept, other=0)
+        new = tl.load(dst_ptr + slot // BLOCK_SIZE, mask=slot < kept, other=0)
+        chunks = tl.max((old != new).to(tl.int32)) * (SPAN // ROWS)
+    for chunk in range(chunks):
+        target = first + chunk * ROWS + tl.arange(0, ROWS)
+        if program < move_programs:
+            # The rank-th hole takes the rank-th of the kept slots at or above the kept count.
+            rank = target
+            mover = rank + _count_below(keep_ptr, kept, tl.zeros_like(rank) + kept, SEARCH, False)
+            target = rank + _count_below(keep_ptr, kept, rank + 1, SEARCH, True)
+        else:
+            mover = _count_below(keep_ptr, kept, target, SEARCH, False)
+        is_due = mover < kept
+        source = tl.load(keep_ptr + mover, mask=is_due, other=0).to(tl.int32)
+        if program >= move_programs:
+            is_due = is_due & (source == target) & (target < kept)
+        old = tl.load(src_ptr + source // BLOCK_SIZE, mask=is_due, other=-1).to(tl.int64)
+        new = tl.load(dst_ptr + target // BLOCK_SIZE, mask=is_due, other=-1).to(tl.int64)
+        # Padding is neither read nor written.
+        is_due = is_due & (old >= 0) & (new >= 0) & ((source != target) | (old != new))
+        from_line = (old * KV_HEADS + kv_head) * BLOCK_SIZE + source % BLOCK_SIZE
+        to_line = (new * KV_HEADS + kv_head) * BLOCK_SIZE + target % BLOCK_SIZE
+        _copy(a_ptr, from_line, to_line, is_due, A_WIDTH, A_PADDED)
+        _copy(b_ptr, from_line, to_line, is_due, B_WIDTH, B_PADDED)
+        _copy(c_ptr, from_line, to_line, is_due, C_WIDTH, C_PADDED)
 
 
 def compact_kv(
     pools: Sequence[Tensor], src_tables_RN: Tensor, keep_RKS: Tensor, dst_tables_RN: Tensor
 ) -> None:
-    """Launch the kernel on each pool; arguments are those of ``dispatch.compact_kv``.
+    """Launch the kernel, three pools at a time; arguments are those of ``dispatch.compact_kv``.
 
     Raises:
         ShapeError: if a pool is not contiguous, or a CPU table breaks the rule of destinations.
@@ -135,12 +127,14 @@ def compact_kv(
     # No more slots can move than there are slots above the kept count.
     most = min(kept, src.shape[1] * block_size - kept)
     move_programs = triton.cdiv(most, tuning.move_rows)
-    span = 16 * tuning.move_rows
-    for pool in pools:
-        check_storage(keep, pool=pool)
-        width = pool[0, 0, 0].numel()
+    span = 8 * tuning.move_rows
+    for start in range(0, len(pools), POOLS):
+        part = list(pools[start : start + POOLS])
+        check_storage(keep, **{f"pool {start + i}": pool for i, pool in enumerate(part)})
+        widths = [pool[0, 0, 0].numel() for pool in part] + [0] * (POOLS - len(part))
+        sizes = [size for width in widths for size in (width, triton.next_power_of_2(width))]
         _compact_kernel[(rows, heads, move_programs + triton.cdiv(kept, span))](
-            pool,
+            *(part + part[:1] * (POOLS - len(part))),
             keep,
             src,
             dst,
@@ -148,13 +142,12 @@ def compact_kv(
             dst.stride(0),
             kept,
             move_programs,
-            KV_HEADS=heads,
-            BLOCK_SIZE=block_size,
-            WIDTH=width,
-            WIDTH_PADDED=triton.next_power_of_2(width),
-            SEARCH=kept.bit_length(),
-            ROWS=tuning.move_rows,
-            SPAN=span,
+            heads,
+            block_size,
+            kept.bit_length(),
+            tuning.move_rows,
+            span,
+            *sizes,
             **tuning.options(),
         )
 

@@ -84,7 +84,7 @@ def _decode_kernel(
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        z = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+        z = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (scale * LOG2_E)
         if HAS_BIAS or HAS_WINDOW:
             distance = query_pos - tl.load(pos_ptr + line, mask=is_in, other=0)
             if HAS_BIAS:
@@ -101,7 +101,7 @@ def _decode_kernel(
         shrink = tl.exp2(top - safe_top)
         total = total * shrink + tl.sum(weight, axis=1)
         mixed = mixed * shrink[:, None]
-        mixed += tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        mixed += tl.dot(weight.to(v.dtype), v, input_precision="tf32x3")
         top = new_top
     out = head * splits + split
     o = mixed / tl.maximum(total, TINY)[:, None]

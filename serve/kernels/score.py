@@ -98,7 +98,7 @@ def score_keys(
     check_tables(k_pool, tables, lengths)
     out_RHS = torch.empty(rows, heads, slots, dtype=torch.float32, device=k_pool.device)
     tuning = tuning_for(k_pool.device)
-    tile = min(tuning.tile_slots, triton.next_power_of_2(slots))
+    tile = min(tuning.score_tile(width), triton.next_power_of_2(slots))
     _score_kernel[(rows, kv_heads, triton.cdiv(slots, tile))](
         k_pool,
         tables,

@@ -16,7 +16,8 @@ class Tuning:
 
     Attributes:
         tile_bytes: Keys (or values) that a program of the attention kernel holds at once.
-        tile_slots: Most slots of such a tile, and slots per program of the score kernel.
+        tile_slots: Most slots of such a tile.
+        score_values: Components of keys that one warp of the score kernel holds.
         stages: Tiles in flight in the attention kernel.
         warps: Warps per program for a head width up to 128; twice as many above.
         split_slots: Least slots of one split of a row in the attention kernel.
@@ -29,6 +30,7 @@ class Tuning:
 
     tile_bytes: int
     tile_slots: int
+    score_values: int
     stages: int
     warps: int
     split_slots: int
@@ -40,8 +42,11 @@ class Tuning:
 
     def tile(self, width: int, itemsize: int) -> int:
         """Return the slots of an attention tile: a power of two from 16 (a matrix product's)."""
-        fit = self.tile_bytes // (width * itemsize)
-        return max(16, min(self.tile_slots, 1 << max(fit, 1).bit_length() - 1))
+        return max(16, min(self.tile_slots, _floor(self.tile_bytes // (width * itemsize))))
+
+    def score_tile(self, width: int) -> int:
+        """Return the slots of a program of the score kernel: a power of two from 16."""
+        return max(16, _floor(self.score_values * self._warps(width) // width))
 
     def options(self, width: int = 0, *, stages: bool = False) -> dict[str, int | bool]:
         """Return Triton's launch options for heads of this width.
@@ -51,9 +56,12 @@ class Tuning:
             stages: Whether the kernel has a loop worth pipelining.
         """
         # Fused multiply-add is asked for by name: newer versions of Triton change its default.
-        warps = self.warps if width <= 128 else 2 * self.warps
-        options: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": True}
+        options: dict[str, int | bool] = {"num_warps": self._warps(width)}
+        options["enable_fp_fusion"] = True
         return options | {"num_stages": self.stages} if stages else options
+
+    def _warps(self, width: int) -> int:
+        return self.warps if width <= 128 else 2 * self.warps
 
     def splits(self, slots: int, programs: int, processors: int) -> int:
         """Return into how many parts to split rows of at most ``slots`` slots.
@@ -67,37 +75,45 @@ class Tuning:
         return max(1, min(wanted, self.most_splits, -(-slots // self.split_slots)))
 
 
+def _floor(value: int) -> int:
+    """Return the largest power of two that is at most ``value``, at least 1."""
+    return 1 << max(value, 1).bit_length() - 1
+
+
 # By arithmetic: compute capability 9.0, 228 KiB of shared memory.
 HOPPER = Tuning(
     tile_bytes=16384,
     tile_slots=128,
+    score_values=2048,
     stages=3,
     warps=4,
     split_slots=256,
     waves=2,
-    move_rows=16,
+    move_rows=32,
     select_tile=1024,
 )
 # By arithmetic: 8.0 has 164 KiB, 8.6 and 8.9 have 100 KiB.
 AMPERE = Tuning(
     tile_bytes=16384,
     tile_slots=64,
+    score_values=2048,
     stages=2,
     warps=4,
     split_slots=256,
     waves=2,
-    move_rows=16,
+    move_rows=32,
     select_tile=1024,
 )
 # Everything else, the interpreter included.
 SAFE = Tuning(
     tile_bytes=8192,
     tile_slots=64,
+    score_values=2048,
     stages=1,
     warps=4,
     split_slots=256,
     waves=2,
-    move_rows=16,
+    move_rows=32,
     select_tile=512,
 )
 _BY_MAJOR = {8: AMPERE, 9: HOPPER}
