@@ -220,7 +220,7 @@ def policy_stats(bundle: Bundle, policy: Policy | None) -> list[Any] | None:
     """
     if policy is None or not policy.needs_stats or policy.budget is None:
         return None
-    return layer_stats(bundle.kv_stats, bundle.config)
+    return layer_stats(bundle.kv_stats, bundle.model)
 
 
 def make_ledger(

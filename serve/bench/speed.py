@@ -123,7 +123,7 @@ def _engine(
         if policy.needs_stats:
             shape = (CALIBRATION[0], min(CALIBRATION[1], context))
             text_BT = torch.randint(model.config.vocab_size, shape)
-            stats = layer_stats(calibrate(model, [text_BT]), model.config)
+            stats = layer_stats(calibrate(model, [text_BT]), model)
     needed = len(prompts) * -(-context // EngineConfig().block_size)
     config = EngineConfig(max_num_seqs=len(prompts), num_blocks=needed + len(prompts))
     core = EngineCore(model, config, policy, stats)

@@ -4,10 +4,10 @@ They are a property of the weights, not of a prompt. Statistics are plain tensor
 ``layers.{l}.{name}``; those of disjoint texts merge by token count.
 """
 
-# Legend: B batch, T token, C width, H query heads with content, K key heads with content,
-# D head width, F = D / 2 rotary bands.
+# Legend: B windows, T tokens of a window, N tokens (flat), H query heads with content, K key heads
+# with content, D head width, F rotary bands, P = D - 2F components that are not rotated.
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from common.config import check_types, positive
 from common.errors import BundleError, DataError
-from common.models import LipschitzTransformer, ModelConfig
-from common.models.rope import inverse_frequencies
+from common.models import LipschitzTransformer
+from serve.causal import CausalAttention
+from serve.decoder import Decoder, LayerSpec, as_decoder
+from serve.rotation import rotate, to_bands
 
 FREQUENCY_TOLERANCE = 1e-6  # relative; a wrong frequency scores wrongly without any other sign
-NAMES = ("q_mean", "q_abs", "q_sq", "k_mean", "k_abs")
+SUM_TOKENS = 4096  # tokens whose float64 copy is held at a time
+REMEDY = "run lipllm calibrate bundle=DIR"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +51,13 @@ class CalibrateConfig:
 
 @torch.no_grad()
 def calibrate(
-    model: LipschitzTransformer, token_batches: Iterable[Tensor], *, skip: int = 0
+    model: LipschitzTransformer | Decoder, token_batches: Iterable[Tensor], *, skip: int = 0
 ) -> dict[str, Tensor]:
     """Average queries and keys before RoPE over a text.
+
+    Every token runs at position 0, where RoPE turns nothing, and the attention rotates to the
+    true positions itself: queries and keys are seen exactly as they enter RoPE, after norms and
+    biases, whatever the model. Sums are float64; memory does not grow with the text.
 
     Args:
         model: Model in evaluation mode.
@@ -61,6 +68,9 @@ def calibrate(
         ``tokens`` (int64 scalar) and per layer with content heads, float64 on the CPU:
         ``q_mean`` (H, F, 2), ``q_abs`` and ``q_sq`` (H, F), ``k_mean`` (K, F, 2), ``k_abs``
         (K, F), ``inv_freq`` (F,); moduli and squares are those of the complex band values.
+        Where some components are not rotated also ``rest_mean``, ``rest_abs``, ``rest_sq``
+        (H, P) of queries and ``k_rest_mean``, ``k_rest_abs`` (K, P): means of values, moduli
+        and squares.
 
     Raises:
         DataError: if no token is left to average over.
@@ -68,30 +78,83 @@ def calibrate(
     Source:
         arXiv 2604.04921, calibration; deviation: queries are read before RoPE, sums are float64.
     """
-    device = model.embedding.weight.device
-    sums: dict[str, Tensor] = {}
+    decoder = as_decoder(model)
+    sums = _Sums()
     count = 0
     for tokens_BT in token_batches:
-        x_BTC = model.embed(tokens_BT.to(device))
         count += tokens_BT[:, skip:].numel()
-        for index, layer in enumerate(model.layers):
-            if layer.layer.content_heads:
-                q_BHTD, k_BKTD, _ = layer.attention.project(x_BTC)
-                q = _band_sums(q_BHTD[:, : layer.layer.content_heads, skip:])
-                k = _band_sums(k_BKTD[:, : layer.layer.content_kv_heads, skip:])
-                for name, value in zip(NAMES, (*q, *k[:2]), strict=True):
-                    key = f"layers.{index}.{name}"
-                    sums[key] = sums[key] + value if key in sums else value
-            x_BTC = layer(x_BTC)
+        tokens_N = tokens_BT.to(decoder.device).flatten()
+        decoder.forward(
+            tokens_N,
+            torch.zeros_like(tokens_N),
+            _Collector(decoder.layers, tokens_BT, skip, sums),
+            torch.zeros_like(tokens_N[:1]),
+        )
     if count == 0:
         raise DataError(
             f"calibration: no tokens left after skipping {skip} per window; give longer text or"
             " lower calibrate.skip"
         )
-    stats = {key: (total / count).cpu() for key, total in sums.items()}
-    for index in _content_layers(model.config):
-        stats[f"layers.{index}.inv_freq"] = model.layers[index].attention.inverse_frequency.cpu()
+    stats = {key: (total / count).cpu() for key, total in sums.totals.items()}
+    for index, spec in enumerate(decoder.layers):
+        if spec.content_heads:
+            stats[f"layers.{index}.inv_freq"] = spec.inverse_frequency.clone()
     return {"tokens": torch.tensor(count), **stats}
+
+
+class _Sums:
+    """Running totals by name."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, key: str, value: Tensor) -> None:
+        self.totals[key] = self.totals[key] + value if key in self.totals else value
+
+
+class _Collector(CausalAttention):
+    """Attention of windows whose queries and keys arrive as they enter RoPE."""
+
+    def __init__(
+        self, specs: Sequence[LayerSpec], tokens_BT: Tensor, skip: int, sums: _Sums
+    ) -> None:
+        super().__init__(specs, len(tokens_BT))
+        self.skip, self.sums = skip, sums
+        self.positions_T = torch.arange(tokens_BT.shape[1])
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """Add to the sums, rotate, attend."""
+        spec = self.specs[layer]
+        positions_N = self.positions_T.to(q_NHD.device).repeat(self.windows)
+        # At position 0 cosines are the factor of the rotation, sines zero.
+        q_NHD, k_NKD = q_NHD / spec.rope_scale, k_NKD / spec.rope_scale
+        if spec.content_heads:
+            kept_M = torch.nonzero(positions_N >= self.skip)[:, 0]
+            for part_M in kept_M.split(SUM_TOKENS):
+                self._add(layer, "", q_NHD[part_M, : spec.content_heads])
+                content_keys = spec.content_heads // spec.group
+                self._add(layer, "k_", k_NKD[part_M, :content_keys])
+        scale = spec.rope_scale
+        q_NHD, k_NKD = (rotate(x, positions_N, spec) * scale for x in (q_NHD, k_NKD))
+        return super().__call__(layer, q_NHD, k_NKD, v_NKD)
+
+    def _add(self, layer: int, prefix: str, x_MHD: Tensor) -> None:
+        spec, x_MHD = self.specs[layer], x_MHD.double()
+        bands_MHF2, rest_MHP = to_bands(x_MHD, spec), x_MHD[..., 2 * spec.bands :]
+        square_MHF = bands_MHF2.square().sum(-1)
+        band_prefix = prefix or "q_"
+        found = {
+            f"{band_prefix}mean": bands_MHF2,
+            f"{band_prefix}abs": square_MHF.sqrt(),
+            f"{band_prefix}sq": square_MHF,
+        }
+        if rest_MHP.shape[-1]:
+            found[f"{prefix}rest_mean"] = rest_MHP
+            found[f"{prefix}rest_abs"] = rest_MHP.abs()
+            found[f"{prefix}rest_sq"] = rest_MHP.square()
+        for name, value in found.items():
+            if name not in ("k_sq", "k_rest_sq"):
+                self.sums.add(f"layers.{layer}.{name}", value.sum(0))
 
 
 def merge(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,47 +176,50 @@ def merge(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str
 
 
 def layer_stats(
-    stats: Mapping[str, Tensor] | None, config: ModelConfig
+    stats: Mapping[str, Tensor] | None, model: LipschitzTransformer | Decoder
 ) -> list[dict[str, Tensor] | None]:
     """Check statistics against a model and split them by layer.
 
     Returns:
-        One dict per layer with ``q_mean``, ``q_abs``, ``q_sq``, ``k_mean``, ``k_abs`` and
-        ``inv_freq``; None for layers without content heads.
+        One dict per layer with the names of ``calibrate``; None for layers without content heads,
+        and for layers with a sliding window that have no statistics: they need none.
 
     Raises:
         BundleError: if statistics are missing, or shapes or RoPE frequencies disagree.
     """
-    remedy = "run lipllm calibrate bundle=DIR"
-    split: list[dict[str, Tensor] | None] = [None] * config.layers
-    content = _content_layers(config)
-    if stats is None:
-        if content:
-            raise BundleError(f"the model has no calibration statistics; {remedy}")
-        return split
-    for index in content:
-        layer, prefix = config.layer(index), f"layers.{index}."
-        own = {key[len(prefix) :]: v for key, v in stats.items() if key.startswith(prefix)}
-        bands = layer.head_dim // 2
-        shapes = {"q_mean": (layer.content_heads, bands, 2), "q_abs": (layer.content_heads, bands)}
-        for name, shape in shapes.items():
-            found = tuple(own[name].shape) if name in own else None
-            if found != shape:
-                raise BundleError(
-                    f"calibration statistics {prefix}{name}: expected shape {shape}, found"
-                    f" {found}; {remedy}"
-                )
-        frequency_F = inverse_frequencies(layer.head_dim, config.rope_theta, config.rope_dims)
-        stored_F = own.get("inv_freq", torch.zeros(0))
-        if stored_F.shape != frequency_F.shape or not torch.allclose(
-            stored_F.double(), frequency_F, rtol=FREQUENCY_TOLERANCE, atol=0
-        ):
-            raise BundleError(
-                f"calibration statistics {prefix}inv_freq differ from the model's RoPE"
-                f" frequencies (theta {config.rope_theta:g}); {remedy}"
-            )
+    layers = as_decoder(model).layers
+    split: list[dict[str, Tensor] | None] = [None] * len(layers)
+    for index, spec in enumerate(layers):
+        prefix = f"layers.{index}."
+        own = {k.removeprefix(prefix): v for k, v in (stats or {}).items() if k.startswith(prefix)}
+        if not spec.content_heads or (not own and spec.sliding_window is not None):
+            continue
+        if stats is None:
+            raise BundleError(f"the model has no calibration statistics; {REMEDY}")
+        _check_layer(prefix, own, spec)
         split[index] = own
     return split
+
+
+def _check_layer(prefix: str, own: Mapping[str, Tensor], spec: LayerSpec) -> None:
+    heads, rest = spec.content_heads, spec.head_dim - 2 * spec.bands
+    shapes = {"q_mean": (heads, spec.bands, 2), "q_abs": (heads, spec.bands)}
+    shapes |= {name: (heads, rest) for name in ("rest_mean", "rest_abs") if rest}
+    for name, shape in shapes.items():
+        found = tuple(own[name].shape) if name in own else None
+        if found != shape:
+            raise BundleError(
+                f"calibration statistics {prefix}{name}: expected shape {shape}, found"
+                f" {found}; {REMEDY}"
+            )
+    stored_F = own.get("inv_freq", torch.zeros(0))
+    if stored_F.shape != spec.inverse_frequency.shape or not torch.allclose(
+        stored_F.double(), spec.inverse_frequency, rtol=FREQUENCY_TOLERANCE, atol=0
+    ):
+        raise BundleError(
+            f"calibration statistics {prefix}inv_freq differ from the model's RoPE frequencies;"
+            f" {REMEDY}"
+        )
 
 
 def resultant_lengths(stats: Mapping[str, Tensor]) -> dict[str, float]:
@@ -183,15 +249,3 @@ def centre_cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> 
     if not pairs:
         return 1.0
     return float(torch.cat([torch.cosine_similarity(a, b, dim=1) for a, b in pairs]).mean())
-
-
-def _content_layers(config: ModelConfig) -> list[int]:
-    return [index for index in range(config.layers) if config.layer(index).content_heads]
-
-
-def _band_sums(x_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum complex values, moduli and squared moduli over rows and tokens: (H, F, 2), (H, F) x 2."""
-    bands_BHTF2 = torch.stack(x_BHTD.double().chunk(2, dim=-1), dim=-1)
-    modulus_BHTF = bands_BHTF2.norm(dim=-1)
-    total, absolute = bands_BHTF2.sum((0, 2)), modulus_BHTF.sum((0, 2))
-    return total, absolute, modulus_BHTF.square().sum((0, 2))

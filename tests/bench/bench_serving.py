@@ -103,7 +103,7 @@ def test_compressed_cache(bench: Any, timed: Callable, make_model: Callable) -> 
     new = STEPS * (bench.rounds + 2) + 1
     prompts = _prompts(model.config.vocab_size, 1, bench.long - new)
     text_BT = torch.randint(model.config.vocab_size, (4, min(bench.long, 512)))
-    stats = layer_stats(calibrate(model, [text_BT]), model.config)
+    stats = layer_stats(calibrate(model, [text_BT]), model)
     engines = {"full": _engine(model, prompts, new)}
     for name in ("window", "triattention"):
         policy = policy_by_name(name, budget=bench.long // SHARE, interval=STEPS)

@@ -107,17 +107,17 @@ def test_layer_stats_accepts_its_own_model_and_refuses_others():
     """Oracle: the error contract; wrong RoPE frequencies would otherwise go unnoticed."""
     model = make_model()
     stats = calibrate(model, token_batches(1))
-    split = layer_stats(stats, model.config)
+    split = layer_stats(stats, model)
     assert [entry is None for entry in split] == [False, True, False]
     assert set(split[0]) == {"q_mean", "q_abs", "q_sq", "k_mean", "k_abs", "inv_freq"}
     with pytest.raises(BundleError, match="lipllm calibrate"):
-        layer_stats(None, model.config)
-    with pytest.raises(BundleError, match="theta 500"):
-        layer_stats(stats, model.config.replace(rope_theta=500.0))
+        layer_stats(None, model)
+    with pytest.raises(BundleError, match="RoPE frequencies"):
+        layer_stats(stats, make_model(rope_theta=500.0))
     with pytest.raises(BundleError, match=r"layers\.2\.q_mean: expected shape \(4, 3, 2\)"):
-        layer_stats(stats, model.config.replace(content_heads=(4, 0, 4)))
+        layer_stats(stats, make_model(content_heads=(4, 0, 4)))
     with pytest.raises(BundleError, match=r"layers\.1\.q_mean"):
-        layer_stats(stats, model.config.replace(content_heads=(4, 4, 2)))
+        layer_stats(stats, make_model(content_heads=(4, 4, 2)))
     with pytest.raises(BundleError, match="different models"):
         merge(stats, {"tokens": torch.tensor(1)})
 
@@ -127,7 +127,7 @@ def test_positional_models_need_no_statistics():
     model = make_model(content_heads=(0, 0, 0))
     stats = calibrate(model, token_batches(1))
     assert set(stats) == {"tokens"}
-    assert layer_stats(None, model.config) == [None, None, None]
+    assert layer_stats(None, model) == [None, None, None]
     assert resultant_lengths(stats) == {"mean": 0.0, "dominant": 0.0}
     assert centre_cosine(stats, stats) == 1.0
 
@@ -158,7 +158,7 @@ def test_command_extends_the_bundle_and_returns_declared_metrics(tmp_path, text_
     assert 0 < outcome.metrics["serve/concentration"] < 1
     after = load_bundle(outcome.artifacts["bundle"])
     assert after.fingerprint == before.fingerprint
-    assert [entry is None for entry in layer_stats(after.kv_stats, after.config)] == [False, False]
+    assert [entry is None for entry in layer_stats(after.kv_stats, after.model)] == [False, False]
     corpus = prepare_corpus(build(data), after.tokenizer)
     expected = calibrate(after.model, [corpus.windows("train", 32, 20)[:, :-1]], skip=4)
     for key, value in expected.items():

@@ -98,7 +98,7 @@ def test_replay_counts_the_kept_tokens(model, tokens_NT) -> None:
 @pytest.mark.parametrize("policy", [WINDOW, TRIATTENTION])
 def test_score_stays_below_the_certificate(model, tokens_NT, policy: Policy) -> None:
     """Oracle: the certified figure bounds the measured one; KL obeys Hoeffding's bound."""
-    stats = layer_stats(calibrate(model, [tokens_NT]), model.config)
+    stats = layer_stats(calibrate(model, [tokens_NT]), model)
     ledger = EvictionLedger(model, certify(model, tighten=False))
     score = score_policy(model, tokens_NT, policy, stats=stats, ledger=ledger)
     assert 0 < score.measured_deviation <= score.certified_deviation < math.inf
@@ -161,7 +161,7 @@ def test_score_rejects_impossible_windows(model, shape: tuple[int, int]) -> None
 def test_a_chunk_over_a_compressed_cache_equals_single_tokens(model, tokens_NT) -> None:
     """Oracle: decode rows; the dense path must use each head's own positions."""
     policy = TriAttentionPolicy(budget=14, interval=5, sinks=2, window=4)
-    stats = layer_stats(calibrate(model, [tokens_NT]), model.config)
+    stats = layer_stats(calibrate(model, [tokens_NT]), model)
     config = EngineConfig(block_size=4)
     logits = []
     for as_decodes in (True, False):

@@ -130,7 +130,7 @@ def run_compressed(model, *, policy="triattention", clusters=4, structured=False
     tokens = torch.randint(VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(5))
     if structured:
         tokens = tokens[:7].repeat(9)[:LENGTH]
-    stats = layer_stats(calibrate(model, [tokens[None]]), model.config)
+    stats = layer_stats(calibrate(model, [tokens[None]]), model)
     ledger = EvictionLedger(model, make_certificate(model), clusters=clusters)
     options = policy_by_name(policy, budget=budget, interval=5, sinks=2, window=3)
     run = CompressedRun(model, ledger, options, stats)

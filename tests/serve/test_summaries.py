@@ -139,7 +139,7 @@ def test_engine_equals_dense_attention_with_pseudo_tokens(tiny, name, clusters):
     """Oracle: dense attention over kept tokens and explicit means, float64, three layer kinds."""
     model = tiny.model
     texts = torch.tensor(tiny.make_prompts([40, 40], seed=3))
-    stats = layer_stats(calibrate(model, [texts]), model.config)
+    stats = layer_stats(calibrate(model, [texts]), model)
     policy = policy_by_name(
         name,
         budget=14,
