@@ -224,7 +224,7 @@ def test_missing_statistics_and_bad_options_are_one_line():
     with pytest.raises(ConfigError, match=r"kv\.offset_max"):
         TriAttentionPolicy(offset_max=0)
     with pytest.raises(ConfigError, match="norm_term"):
-        TriAttentionPolicy(norm_term="gaussian")
+        TriAttentionPolicy(norm_term="gauss")
     with pytest.raises(ConfigError, match=r"kv\.budget=null"):
         TriAttentionPolicy(budget=None)
 

@@ -12,7 +12,7 @@ from serve.decoder import Decoder, LayerSpec
 from serve.kv.observer import Observer
 
 Tensors = dict[str, Tensor]
-FIRST_ROWS = 8
+FIRST_ROWS = 1  # a row of query moments may be megabytes
 
 
 class RowObserver(Observer):

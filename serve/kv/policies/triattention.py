@@ -5,89 +5,32 @@ query position folds into one linear form, so a score is one dot product with th
 relative-position bias enters the same mean.
 """
 
-# Legend: R request rows, K key/value heads, H query heads (the first ones have content), S slots,
-# D head width, F = D / 2 rotary bands, T relative distances, O offsets.
+# Legend: L layers, R rows (layer-major), Q requests, K key/value heads, H query heads (the first
+# ones have content), S slots, D head width, F rotated bands, E = D - F weights, P = D - 2F
+# unrotated components, T relative distances, O offsets.
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import positive
 from common.errors import BundleError
 from serve.kernels import score_keys
+from serve.kernels.reference import rotary_parts
 from serve.kv.policy import Policy, register
 from serve.kv.selection import is_protected, standardize
+from serve.kv.trigonometry import (
+    later_bias,
+    mean_future_bias,
+    norm_weights,
+    query_form,
+    query_offsets,
+)
 from serve.kv.view import CacheView
-
-OFFSET_MAX = 65536
-
-
-def query_offsets(offset_max: int | None, context: int) -> Tensor:
-    """Return the future offsets 1, 2, 4, ... up to ``offset_max`` tokens (O,), int64.
-
-    ``None`` means the smaller of 65536 and the largest power of two within the context.
-    """
-    largest = min(OFFSET_MAX, context) if offset_max is None else offset_max
-    return 2 ** torch.arange(largest.bit_length())
-
-
-def query_form(
-    q_mean_HF2: Tensor, inverse_frequency_F: Tensor, positions_R: Tensor, offsets_O: Tensor
-) -> Tensor:
-    """Return the linear form whose product with a rotated key is the mean future logit.
-
-    ``u_f = E[q_f] mean_o(exp(i w_f o)) exp(i w_f t)``: all phases in float64, since float32 loses
-    the ranking at long positions.
-
-    Args:
-        q_mean_HF2: Mean query before RoPE, real and imaginary part per band.
-        inverse_frequency_F: RoPE frequencies in radians per token, float64.
-        positions_R: Position t of the next query of each row.
-        offsets_O: Offsets from t, in tokens.
-
-    Returns:
-        (R, H, 2F) float64 in half pairing: real parts, then imaginary parts.
-    """
-    frequency_F = inverse_frequency_F.double()
-    phase_OF = offsets_O.double()[:, None] * frequency_F
-    filter_F = torch.polar(torch.ones_like(phase_OF), phase_OF).mean(0)
-    phase_RF = positions_R.double()[:, None] * frequency_F
-    turn_RF = torch.polar(torch.ones_like(phase_RF), phase_RF)
-    centre_HF = torch.view_as_complex(q_mean_HF2.double().contiguous())
-    u_RHF = centre_HF * (filter_F * turn_RF)[:, None]
-    return torch.cat((u_RHF.real, u_RHF.imag), dim=-1)
-
-
-def norm_weights(q_mean_HF2: Tensor, q_abs_HF: Tensor, kind: str) -> Tensor:
-    """Return the weight (H, F) of each key band's modulus, float64.
-
-    ``mlr``: E|q_f| - |E q_f|, the published term; ``full``: E|q_f|; ``none``: zero.
-    """
-    abs_HF = q_abs_HF.double()
-    if kind == "mlr":
-        return abs_HF - q_mean_HF2.double().norm(dim=-1)
-    return abs_HF if kind == "full" else torch.zeros_like(abs_HF)
-
-
-def mean_future_bias(bias_HT: Tensor, offsets_O: Tensor) -> Tensor:
-    """Average the bias over the future offsets, for every distance of the next query.
-
-    Entry d of the result is the mean of ``b(d + o)`` over the offsets with ``d + o < context``.
-    Where none is left only the next query itself can attend, so its own bias ``b(d)`` stands.
-
-    Returns:
-        (H, context + 1), dtype of the bias; the last entry repeats the last distance.
-    """
-    context = bias_HT.shape[1]
-    total = torch.zeros_like(bias_HT)
-    count_T = torch.zeros(context, dtype=bias_HT.dtype, device=bias_HT.device)
-    for offset in offsets_O[offsets_O < context].tolist():
-        total[:, : context - offset] += bias_HT[:, offset:]
-        count_T[: context - offset] += 1
-    mean_HT = torch.where(count_T > 0, total / count_T.clamp(min=1), bias_HT)
-    return torch.cat((mean_HT, mean_HT[:, -1:]), dim=1)
 
 
 @register
@@ -97,18 +40,29 @@ class TriAttentionPolicy(Policy):
 
     Attributes:
         offset_max: Largest future offset in tokens; None: see ``query_offsets``.
-        norm_term: Part of the score that grows with the key norm; see ``norm_weights``.
+        aggregation: Over the offsets: their mean (one linear form), or the largest logit (one
+            pass over the keys per offset).
+        norm_term: Part of the score that grows with the key norm: ``mlr`` (published), ``full``
+            and ``none`` as in ``norm_weights``; ``gaussian``: half the variance of the logit if
+            each band's whole variance lay along the key, as log E exp(logit) of Gaussian queries
+            has it, in the model's own scale.
         group: How the query heads of one key/value head are combined.
+        normalize: Standardize the scores of each query head over the evictable tokens.
+        score_pass_through: Let the components that RoPE leaves alone take part.
 
     Source:
         arXiv 2604.04921. Deviations: the offset sum in closed form; population deviation over
         evictable tokens; the largest offset bounded by the context; one set per layer and head;
-        logits in the model's own scale, plus the mean of the relative-position bias.
+        logits in the model's own scale, plus the mean of the relative-position bias; unrotated
+        components, which the paper does not treat.
     """
 
     offset_max: int | None = None
-    norm_term: Literal["mlr", "none", "full"] = "mlr"
+    aggregation: Literal["mean", "max"] = "mean"
+    norm_term: Literal["mlr", "none", "full", "gaussian"] = "mlr"
     group: Literal["max", "mean"] = "max"
+    normalize: bool = True
+    score_pass_through: bool = True
     name: ClassVar[str] = "triattention"
     needs_stats: ClassVar[bool] = True
     is_standardized: ClassVar[bool] = True
@@ -119,54 +73,129 @@ class TriAttentionPolicy(Policy):
             positive("kv.offset_max", self.offset_max)
 
     def score(self, view: CacheView) -> Tensor:
-        """Return the z-score (R, K, S) of the mean future logit, combined over the group."""
+        """Return the mean future logit (R, K, S), z-scored per head, combined over the group."""
         pos_RKS = view.slot_positions()
-        rows, kv_heads, slots = pos_RKS.shape
-        raw_RKGS = self.raw_scores(view).view(rows, kv_heads, -1, slots)
+        raw_RKGS = self.raw_scores(view).unflatten(1, (pos_RKS.shape[1], -1))
         raw_RKGS = raw_RKGS.masked_fill((pos_RKS < 0)[:, :, None], 0)
-        protected = is_protected(self, pos_RKS, view.prompts_R)
-        z_RKGS = standardize(raw_RKGS, (pos_RKS >= 0) & ~protected)
-        return z_RKGS.amax(2) if self.group == "max" else z_RKGS.mean(2)
+        if self.normalize:
+            protected = is_protected(self, pos_RKS, view.prompts_R)
+            raw_RKGS = standardize(raw_RKGS, (pos_RKS >= 0) & ~protected)
+        return raw_RKGS.amax(2) if self.group == "max" else raw_RKGS.mean(2)
 
     def raw_scores(self, view: CacheView) -> Tensor:
-        """Return the mean future logit plus the norm term (R, H, S); unfilled slots vary.
+        """Return the mean (or largest) future logit plus the norm term (R, H, S).
 
-        Purely positional heads have no content: their score is the mean bias alone.
+        Unfilled slots vary. Purely positional heads have the bias alone.
 
         Raises:
             BundleError: if the layer has content heads and no statistics.
         """
         offsets_O = query_offsets(self.offset_max, view.context).to(view.k_pool.device)
-        pos_RKS = view.slot_positions()
-        group = view.spec.group
-        if view.spec.content_heads:
-            raw_RHS = self._content_scores(view, offsets_O)
-        else:
-            raw_RHS = torch.zeros_like(pos_RKS, dtype=torch.float32).repeat_interleave(group, 1)
-        if view.bias_LHT is None:
-            return raw_RHS
-        table_HT = mean_future_bias(view.bias_LHT.to(raw_RHS.dtype).flatten(0, 1), offsets_O)
-        table_RHT = view.rows_of(table_HT.unflatten(0, view.bias_LHT.shape[:2]))
-        distance_RKS = (view.positions_R[:, None, None] - pos_RKS).clamp(0, view.context)
-        index_RHS = distance_RKS.repeat_interleave(group, dim=1)
-        return raw_RHS + table_RHT.gather(2, index_RHS)
+        if self.aggregation == "mean":
+            raw_RHS = self._logits(view, offsets_O)
+            if view.bias_LHT is not None:
+                table_HT = mean_future_bias(_flat_bias(view, raw_RHS), offsets_O)
+                raw_RHS = raw_RHS + _bias_at(view, table_HT)
+            return raw_RHS + self._gaussian(view)
+        best_RHS: Tensor | None = None
+        for offset_1 in offsets_O.split(1):
+            raw_RHS = self._logits(view, offset_1)
+            if view.bias_LHT is not None:
+                table_HT = later_bias(_flat_bias(view, raw_RHS), int(offset_1))
+                raw_RHS = raw_RHS + _bias_at(view, table_HT)
+            best_RHS = raw_RHS if best_RHS is None else best_RHS.maximum(raw_RHS)
+        assert best_RHS is not None
+        return best_RHS + self._gaussian(view)
 
-    def _content_scores(self, view: CacheView, offsets_O: Tensor) -> Tensor:
-        if view.stats is None:
-            raise BundleError(
-                f"layers {list(view.layers)} have no calibration statistics; run lipllm calibrate"
-            )
-        spec, device = view.spec, view.k_pool.device
-        q_mean_LHF2, q_abs_LHF = view.stats["q_mean"].to(device), view.stats["q_abs"].to(device)
-        frequency_F = spec.inverse_frequency.to(device)
-        positions_Q = view.positions_R[: view.requests]
-        u_RHD = torch.cat(
-            [query_form(mean, frequency_F, positions_Q, offsets_O) for mean in q_mean_LHF2]
-        )
-        e_LHF = norm_weights(q_mean_LHF2, q_abs_LHF, self.norm_term)
-        # Positional heads share the pool but have no content: zero rows.
-        extra = spec.heads - spec.content_heads
-        u_RHD = torch.nn.functional.pad(spec.scale * u_RHD, (0, 0, 0, extra))
-        e_RHF = view.rows_of(torch.nn.functional.pad(spec.scale * e_LHF, (0, 0, 0, extra)))
+    def _logits(self, view: CacheView, offsets_O: Tensor) -> Tensor:
+        """Return the mean over some offsets, with the norm term of the moduli (R, H, S)."""
+        spec = view.spec
+        if not spec.content_heads:
+            pos_RKS = view.slot_positions()
+            return torch.zeros_like(pos_RKS, dtype=torch.float32).repeat_interleave(spec.group, 1)
+        u_RHD, e_RHE = self._forms(view, offsets_O)
         tables, lengths = view.tables_RN, view.lengths_R
-        return score_keys(view.k_pool, tables, lengths, u_RHD, e_RHF, backend=view.backend)
+        return score_keys(
+            view.k_pool,
+            tables,
+            lengths,
+            u_RHD,
+            e_RHE,
+            bands=spec.bands,
+            interleaved=spec.interleaved,
+            backend=view.backend,
+        )
+
+    def _forms(self, view: CacheView, offsets_O: Tensor) -> tuple[Tensor, Tensor]:
+        """Return linear forms (R, H, D) and modulus weights (R, H, E) in units of the logit."""
+        spec, stats = view.spec, _stats_of(view)
+        q_mean_LHF2 = stats["q_mean"]
+        frequency_F = spec.inverse_frequency.to(view.k_pool.device)
+        positions_Q = view.positions_R[: view.requests]
+        given = (frequency_F, positions_Q, offsets_O)
+        u_LQHD = query_form(q_mean_LHF2, *given, interleaved=spec.interleaved) * spec.rope_scale
+        e_LHE = norm_weights(q_mean_LHF2, stats["q_abs"], self.norm_term) * spec.rope_scale
+        width = spec.head_dim - 2 * spec.bands
+        if width and self.score_pass_through:
+            rest_LHP, absolute_LHP = (
+                _known(stats, name, view) for name in ("rest_mean", "rest_abs")
+            )
+            rest_LQHP = rest_LHP[:, None].expand(-1, view.requests, -1, -1)
+            u_LQHD = torch.cat((u_LQHD, rest_LQHP), dim=-1)
+            weight_LHP = norm_weights(rest_LHP[..., None], absolute_LHP, self.norm_term)
+            e_LHE = torch.cat((e_LHE, weight_LHP), dim=-1)
+        elif width:
+            u_LQHD, e_LHE = F.pad(u_LQHD, (0, width)), F.pad(e_LHE, (0, width))
+        # Positional heads share the pool but have no content: zero rows.
+        extra = (0, 0, 0, spec.heads - spec.content_heads)
+        u_RHD = F.pad(spec.scale * u_LQHD, extra).flatten(0, 1)
+        return u_RHD, view.rows_of(F.pad(spec.scale * e_LHE, extra))
+
+    def _gaussian(self, view: CacheView) -> Tensor | float:
+        """Return half the largest variance that the calibrated spread gives each logit."""
+        spec = view.spec
+        if self.norm_term != "gaussian" or not spec.content_heads:
+            return 0.0
+        stats, k_RKSD = _stats_of(view), view.keys()
+        k_RKSD = k_RKSD.to(torch.promote_types(k_RKSD.dtype, torch.float32))
+        centre_LHF = stats["q_mean"].double().square().sum(-1)
+        spread_LHE = (_known(stats, "q_sq", view) - centre_LHF) * spec.rope_scale**2
+        real, imag = rotary_parts(k_RKSD, spec.bands, spec.interleaved)
+        square_RKSE = real.square() + imag.square()
+        if spec.head_dim > 2 * spec.bands and self.score_pass_through:
+            rest_LHP = _known(stats, "rest_sq", view) - _known(stats, "rest_mean", view).square()
+            spread_LHE = torch.cat((spread_LHE, rest_LHP), dim=-1)
+            square_RKSE = torch.cat((square_RKSE, k_RKSD[..., 2 * spec.bands :].square()), dim=-1)
+        half_LHE = F.pad(spec.scale**2 / 2 * spread_LHE, (0, 0, 0, spec.heads - spec.content_heads))
+        half_RKGE = view.rows_of(half_LHE).unflatten(1, (spec.kv_heads, -1)).to(k_RKSD)
+        return (half_RKGE @ square_RKSE.mT).flatten(1, 2)
+
+
+def _stats_of(view: CacheView) -> dict[str, Tensor]:
+    if view.stats is None:
+        raise BundleError(
+            f"layers {list(view.layers)} have no calibration statistics; run lipllm calibrate"
+        )
+    return {name: value.to(view.k_pool.device) for name, value in view.stats.items()}
+
+
+def _known(stats: Mapping[str, Tensor], name: str, view: CacheView) -> Tensor:
+    if name not in stats:
+        raise BundleError(
+            f"calibration statistics of layers {list(view.layers)} lack {name}, which these"
+            " settings of kv=triattention need; run lipllm calibrate"
+        )
+    return stats[name].double()
+
+
+def _flat_bias(view: CacheView, like: Tensor) -> Tensor:
+    assert view.bias_LHT is not None
+    return view.bias_LHT.to(like.dtype).flatten(0, 1)
+
+
+def _bias_at(view: CacheView, table: Tensor) -> Tensor:
+    """Look a table (L * H, distances of the next query) up at the slots: (R, H, S)."""
+    table_RHT = view.rows_of(table.unflatten(0, (len(view.layers), -1)))
+    distance_RKS = view.positions_R[:, None, None] - view.slot_positions()
+    index_RKS = distance_RKS.clamp(0, view.context)
+    return table_RHT.gather(2, index_RKS.repeat_interleave(view.spec.group, dim=1))

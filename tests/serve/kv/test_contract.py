@@ -1,0 +1,156 @@
+"""Every cache policy through the real engine: one contract, whatever it scores."""
+
+# Legend: H query heads, K key/value heads, T tokens, D head width.
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.models import LipschitzTransformer
+from serve.engine.companions import Companion
+from serve.engine.engine import EngineCore
+from serve.engine.request import SamplingParams, Sequence
+from serve.engine.scheduler import EngineConfig
+from serve.kv import POLICIES, policy_by_name
+from serve.kv.calibrate import calibrate, layer_stats
+
+COMPRESSING = sorted(name for name in POLICIES if name != "full")
+OPTIONS = {"budget": 14, "interval": 4, "sinks": 2, "window": 3}
+# Float64 sums of a few dozen terms of size about 1.
+FLOAT64 = 1e-9
+
+
+class Recorder(Companion):
+    """Notes which positions survive each compaction."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+
+    def compacting(self, view, sequences, keep_RKS) -> None:
+        """Store (tokens so far, positions kept per head) by request and layer."""
+        kept_RKS = view.slot_positions().gather(2, keep_RKS)
+        for number, layer in enumerate(view.layers):
+            for index, sequence in enumerate(sequences):
+                key = (sequence.request.request_id, layer)
+                row = kept_RKS[number * len(sequences) + index]
+                self.kept.setdefault(key, []).append((sequence.num_tokens, row))
+
+
+def run(model, stats, policy, requests, **settings):
+    """Run prompts to their end; return sequences, what was kept, and the logits of all tokens."""
+    core = EngineCore(model, EngineConfig(debug=True, **settings), policy, stats)
+    recorder, seen, forward = Recorder(), {}, core.runner.forward
+    core.companions.companions.append(recorder)
+
+    def recording(items, **options):
+        logits = forward(items, **options)
+        for item, row in zip(items, logits, strict=True):
+            if item.count == item.sequence.remaining:
+                seen.setdefault(item.sequence.request.request_id, []).append(row)
+        return logits
+
+    core.runner.forward = recording
+    sequences = [core.add(p, params, request_id=name) for name, p, params in requests]
+    while core.has_work:
+        core.step()
+    return sequences, recorder.kept, seen
+
+
+def masked_dense(model: LipschitzTransformer, sequence: Sequence, kept) -> Tensor:
+    """Oracle: one forward pass over all tokens; evicted keys are hidden from later queries."""
+    tokens = sequence.tokens[:-1]
+    length = len(tokens)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        config = model.config.layer(layer)
+        is_seen_KTT = torch.ones(config.kv_heads, length, length, dtype=torch.bool).tril()
+        for start, positions in kept.get((sequence.request.request_id, layer), []):
+            for head in range(config.kv_heads):
+                is_gone = torch.ones(start, dtype=torch.bool)
+                is_gone[positions[head]] = False
+                is_seen_KTT[head, start:, :start] &= ~is_gone
+        distance = (torch.arange(length)[:, None] - torch.arange(length)).clamp(min=0)
+        z = q[0] @ k[0].repeat_interleave(config.group, 0).mT * config.logit_scale
+        bias = model.layers[layer].attention.position_bias
+        z = z if bias is None else z + bias[:, distance]
+        z = z.masked_fill(~is_seen_KTT.repeat_interleave(config.group, 0), -torch.inf)
+        return (z.softmax(-1) @ v[0].repeat_interleave(config.group, 0))[None]
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens)[None], attend=attend)[
+            0, len(sequence.request.prompt) - 1 :
+        ]
+
+
+@pytest.fixture(scope="module")
+def setup(tiny: SimpleNamespace) -> SimpleNamespace:
+    """Return the tiny model with its statistics and three requests."""
+    tokens = torch.tensor(tiny.make_prompts([40] * 4, seed=7))
+    stats = layer_stats(calibrate(tiny.model, [tokens]), tiny.model.config)
+    prompts = tiny.make_prompts([5, 17, 33], seed=1)
+    params = [
+        SamplingParams(seed=seed, max_tokens=count) for seed, count in enumerate((30, 16, 12))
+    ]
+    requests = list(zip(("a", "b", "c"), prompts, params, strict=True))
+    return SimpleNamespace(model=tiny.model, stats=stats, requests=requests)
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_engine_equals_masked_dense_attention(setup: SimpleNamespace, name: str) -> None:
+    """Oracle: dense attention with a mask per layer and head; several compactions, chunks of 8."""
+    policy = policy_by_name(name, **OPTIONS)
+    settings = {"max_num_batched_tokens": 8, "block_size": 4, "max_num_seqs": 3}
+    sequences, kept, seen = run(setup.model, setup.stats, policy, setup.requests, **settings)
+    for sequence in sequences:
+        assert sequence.compactions >= 2
+        expected = masked_dense(setup.model, sequence, kept)
+        got = torch.stack(seen[sequence.request.request_id])
+        torch.testing.assert_close(got, expected, atol=FLOAT64, rtol=FLOAT64)
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_kept_tokens_depend_on_the_request_alone(setup: SimpleNamespace, name: str) -> None:
+    """Oracle: solo runs with other chunks and blocks keep the same positions and give the same."""
+    policy = policy_by_name(name, **OPTIONS)
+    settings = {"max_num_batched_tokens": 8, "block_size": 4, "max_num_seqs": 3}
+    sequences, kept, _ = run(setup.model, setup.stats, policy, setup.requests, **settings)
+    for request, sequence in zip(setup.requests, sequences, strict=True):
+        alone, kept_alone, _ = run(
+            setup.model, setup.stats, policy, [request], max_num_batched_tokens=64, block_size=16
+        )
+        assert alone[0].output == sequence.output
+        for key, steps in kept_alone.items():
+            assert [step for step, _ in steps] == [step for step, _ in kept[key]]
+            for (_, ours), (_, theirs) in zip(steps, kept[key], strict=True):
+                assert torch.equal(ours.sort(dim=-1).values, theirs.sort(dim=-1).values)
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_kept_tokens_honour_the_protection(setup: SimpleNamespace, name: str) -> None:
+    """Property: budget, distinct tokens, sinks, recent tokens and a short prompt among them."""
+    policy = policy_by_name(name, **OPTIONS)
+    sequences, kept, _ = run(setup.model, setup.stats, policy, setup.requests)
+    prompts = {s.request.request_id: len(s.request.prompt) for s in sequences}
+    for (request, _), steps in kept.items():
+        for length, positions_KS in steps:
+            pinned = policy.pinned(prompts[request])
+            must = {*range(pinned), *range(length - policy.window, length)}
+            for positions_S in positions_KS:
+                assert positions_S.shape == (policy.budget,)
+                assert len(set(positions_S.tolist())) == policy.budget
+                assert must <= set(positions_S.tolist())
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_bfloat16_caches_run(tiny: SimpleNamespace, setup: SimpleNamespace, name: str) -> None:
+    """Property: every policy scores a bfloat16 cache; two runs are equal."""
+    model, policy = tiny.make_model(torch.bfloat16), policy_by_name(name, **OPTIONS)
+    first, second = (
+        run(model, setup.stats, policy, setup.requests[1:2], block_size=4) for _ in range(2)
+    )
+    assert first[0][0].finish_reason == "length"
+    assert first[0][0].compactions >= 2
+    assert first[0][0].output == second[0][0].output
+    assert all(torch.equal(a, b) for a, b in zip(first[2]["b"], second[2]["b"], strict=True))
