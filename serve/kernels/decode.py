@@ -18,7 +18,6 @@ from serve.kernels.tuning import processors, tuning_for
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-TINY = tl.constexpr(1e-38)
 
 
 @triton.jit
@@ -104,10 +103,11 @@ def _decode_kernel(
         mixed += tl.dot(weight.to(v.dtype), v, input_precision="tf32x3")
         top = new_top
     out = head * splits + split
-    o = mixed / tl.maximum(total, TINY)[:, None]
+    some = tl.where(total > 0, total, 1.0)
+    o = mixed / some[:, None]
     o_line = o_ptr + out[:, None] * WIDTH + column[None, :]
     tl.store(o_line, o.to(o_ptr.dtype.element_ty), mask=in_query)
-    lse = tl.where(total > 0, (top + tl.log2(tl.maximum(total, TINY))) * LN_2, float("-inf"))
+    lse = tl.where(total > 0, (top + tl.log2(some)) * LN_2, float("-inf"))
     tl.store(lse_ptr + out, lse, mask=is_head)
 
 
@@ -134,9 +134,10 @@ def _combine_kernel(
     line = part_ptr + (head * splits + split)[:, None] * WIDTH + column[None, :]
     in_part = is_split[:, None] & (column < WIDTH)[None, :]
     part = tl.load(line, mask=in_part, other=0.0)
-    o = tl.sum(part * weight[:, None], axis=0) / tl.maximum(total, TINY)
+    some = tl.where(total > 0, total, 1.0)
+    o = tl.sum(part * weight[:, None], axis=0) / some
     tl.store(o_ptr + head * WIDTH + column, o.to(o_ptr.dtype.element_ty), mask=column < WIDTH)
-    lse = tl.where(total > 0, safe_top + tl.log(tl.maximum(total, TINY)), float("-inf"))
+    lse = tl.where(total > 0, safe_top + tl.log(some), float("-inf"))
     tl.store(lse_ptr + head, lse)
 
 
