@@ -309,8 +309,11 @@ def accompany(decoder: Decoder, policy: Policy | None, ledger: EvictionLedger | 
     observer = policy.observer(decoder) if policy is not None else None
     if observer is not None:
         companions.append(Evidence(observer))
+    summaries = None
     if policy is not None and policy.budget is not None and policy.summary_tokens:
-        companions.append(Summaries(decoder, policy.summary_tokens))
-    if ledger is not None:
-        companions.append(DeviationTracker(ledger))
+        summaries = Summaries(decoder, policy.summary_tokens)
+    # The proof needs the outputs before and after the mean tokens.
+    last = summaries if ledger is None else DeviationTracker(ledger, summaries)
+    if last is not None:
+        companions.append(last)
     return Companions(companions)

@@ -110,6 +110,8 @@ class Sequence:
         prompt_logprobs: Log-probabilities of each prompt token but the first, if asked for.
         deviations: Certified logits deviation (RMS over the vocabulary) at each generated token.
         keeps_top1: Whether the full cache provably has the same most probable token.
+        radii: How far the input may move before the full cache's most probable token can be
+            another one, l2 of an embedded token; 0 where that token is not proved.
         ledger_row: Its row of the eviction ledger, once something was evicted.
         kept_sum: Sum over generated tokens of ``kv_len / num_tokens``.
     """
@@ -131,6 +133,7 @@ class Sequence:
     prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     deviations: list[float] = field(default_factory=list)
     keeps_top1: list[bool] = field(default_factory=list)
+    radii: list[float] = field(default_factory=list)
     ledger_row: int | None = None
     kept_sum: float = 0.0
     preemptions: int = 0

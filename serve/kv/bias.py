@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG_MAX = 600.0  # exp of it is finite in float64
+FAINT = 1e-130  # mass, relative to the largest bias, below which squares lose their digits
 LARGEST = 1 << 22  # float64 numbers of a temporary
 
 
@@ -51,7 +52,8 @@ class BiasTable:
 
         Returns:
             ``log sum exp(b)`` (R, K, G, C), -inf for empty clusters, and ``sum w^2`` of the
-            normalised weights (1 / n where all biases agree; NaN for empty clusters).
+            normalised weights: 1 / n where all biases agree; inf where the mass is so faint
+            that the former is only an upper bound.
         """
         heads, rows = self.windows.shape[2:]
         step = max(1, LARGEST // (heads * rows))
@@ -62,7 +64,8 @@ class BiasTable:
         sums = [self._sums(*p, g, clusters) for p, g in zip(parts, gone, strict=True)]
         total, squares = (torch.cat(part) for part in zip(*sums, strict=True))
         peak_RKG1 = self.peak_LH[layer_R].unflatten(1, total.shape[1:3])[..., None]
-        return total.log() + peak_RKG1, squares / total.square()
+        squares = torch.where(total > FAINT, squares / total.square(), torch.inf)
+        return total.log() + peak_RKG1, squares
 
     def _sums(
         self, layer_R: Tensor, positions_R: Tensor, is_gone_RKP: Tensor, clusters: int

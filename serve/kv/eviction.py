@@ -1,11 +1,11 @@
 """The eviction ledger: what each sequence has lost, and what that can have done to its logits.
 
-One row per sequence. ``evict`` before a compaction, ``observe`` after each attention over a
-compressed cache, ``deviation`` after each step; the mathematics is in ``deviation.py``.
+One row per sequence. ``evict`` before a compaction, ``observe`` after the attention of the layers
+of a group, ``deviation`` after each step; the mathematics is in ``deviation.py``.
 """
 
-# Legend: R rows of a call, K key/value heads, H query heads, G = H / K, S slots, D head width,
-# L layers, V vocabulary.
+# Legend: L layers of a group, Q sequences or tokens of a call, R = L * Q rows (layer-major),
+# K key/value heads, H query heads, D head width, V vocabulary, N layers of the model.
 
 import math
 from collections.abc import Sequence
@@ -19,45 +19,78 @@ from common.config import positive
 from common.errors import CertificateError
 from common.models import LipschitzTransformer
 from common.norms import spectral_norm_bound
-from serve.kv.deviation import (
-    OUTWARD,
-    ROUNDINGS,
-    AttentionConstants,
-    Summary,
-    head_deviation,
-    log_mass_bound,
-)
+from serve.decoder import LayerSpec, LipschitzDecoder
+from serve.kv.bias import BiasTable
+from serve.kv.deviation import ROUNDINGS, Attended, cluster_masses, head_deviation
+from serve.kv.margin import FARTHEST, HeadMargins
+from serve.kv.summary import LARGEST, OUTWARD, SummaryStore, map_length
 from serve.kv.view import CacheView
-
-LARGEST = 1 << 22  # float64 numbers of a temporary
 
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """Bounds for R sequences against full attention on the same tokens, float64.
+    """Bounds for sequences against full attention on the same tokens, float64.
 
     Attributes:
         stream_R: l2 movement of the final residual stream, largest over the tokens so far.
         logits_R: RMS movement of the logits over the vocabulary.
         pair_R: Movement of any difference of two logits.
+        margins: Distances of the stream from another most probable token.
+        stream_constant: Bound on the movement of the full model's final stream per l2 movement of
+            the embedded tokens, largest over tokens.
     """
 
     stream_R: Tensor
     logits_R: Tensor
     pair_R: Tensor
+    margins: HeadMargins
+    stream_constant: float
 
-    def keeps_top1(self, logits_RV: Tensor) -> Tensor:
-        """Return where full attention provably has the same largest logit (R,), bool.
+    def top1(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge the largest logit of the compressed run at the newest token.
 
         Args:
-            logits_RV: Logits of the compressed run at the newest token.
+            logits_RV: Its logits.
+
+        Returns:
+            Where full attention provably has the same largest logit (R,), bool; and how far inputs
+            may move before that can change (R,): l2 of an embedded token, largest over tokens,
+            within the certificate's ball; 0 where it is not proved.
         """
-        if logits_RV.shape[1] < 2:
-            return torch.ones_like(self.pair_R, dtype=torch.bool)
-        top_R2 = logits_RV.topk(2, dim=1).values.double()
-        rounding_R = ROUNDINGS * torch.finfo(logits_RV.dtype).eps * top_R2.abs().sum(1)
-        is_exact_R = self.pair_R == 0
-        return is_exact_R | (top_R2[:, 0] - top_R2[:, 1] - rounding_R > self.pair_R)
+        distance_R = self.margins.distance(logits_RV)
+        is_kept_R = (self.stream_R == 0) | (distance_R > self.stream_R)
+        left_R = (distance_R - self.stream_R).clamp(min=0) / self.stream_constant
+        return is_kept_R, (left_R * (1 - OUTWARD)).clamp(max=FARTHEST)
+
+    def keeps_top1(self, logits_RV: Tensor) -> Tensor:
+        """Return the first result of ``top1``."""
+        return self.top1(logits_RV)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers of one shape: what they lost, and their constants, float64.
+
+    ``gain_L`` is residual weight times attention factor; ``norm_L`` bounds the spectral norm of
+    the output matrix, ``head_norm_LH`` that of each head's columns; ``key_L`` and ``value_L``
+    bound the norms of all cached keys and values, with room for rounding.
+    """
+
+    layers: tuple[int, ...]
+    spec: LayerSpec
+    store: SummaryStore
+    bias: BiasTable | None
+    gain_L: Tensor
+    norm_L: Tensor
+    head_norm_LH: Tensor
+    key_L: Tensor
+    value_L: Tensor
+
+    def block_deviation(self, layer_R: Tensor, head_RH: Tensor) -> Tensor:
+        """Bound the l2 movement (R,) of the stream from that of each head's output (R, H)."""
+        joint_R = self.norm_L[layer_R] * head_RH.norm(dim=1)
+        apart_R = (head_RH * self.head_norm_LH[layer_R]).sum(1)
+        return self.gain_L[layer_R] * (1 + OUTWARD) * torch.minimum(joint_R, apart_R)
 
 
 class EvictionLedger:
@@ -94,112 +127,144 @@ class EvictionLedger:
             )
         self.model, self.certificate, self.clusters = model, certificate, clusters
         self.device = model.embedding.weight.device
-        self.constants = [AttentionConstants.of(model, i) for i in range(config.layers)]
-        self.cached_bounds = [self._cached_bounds(index) for index in range(config.layers)]
+        decoder = LipschitzDecoder(model)
+        self.group_layers = decoder.groups
+        self._groups = {layers[0]: self._group(decoder, layers) for layers in decoder.groups}
+        self.margins = HeadMargins(model, certificate)
         amplification = [certificate.amplification(2 * i) for i in range(config.layers)]
-        self.amplification_L = self._tensor(amplification)
-        self.delta_RL = self._tensor([]).view(0, config.layers)
-        self.summaries = [self._empty(index, 0) for index in range(config.layers)]
-        self._free: list[int] = []
-        self._compressed: set[int] = set()
+        self.amplification_N = self._tensor(amplification)
+        self.delta_RN = torch.zeros_like(self.amplification_N)[None]
 
     @torch.inference_mode()
     def open(self) -> int:
-        """Start a sequence with nothing evicted and return its row."""
-        if not self._free:
-            self._grow()
-        row = self._free.pop()
-        self.delta_RL[row] = 0
-        for index, summary in enumerate(self.summaries):
-            summary.put(self._rows([row]), self._empty(index, 1))
+        """Start a sequence with nothing evicted and return its row; row 0 is never given."""
+        (row,) = {group.store.open() for group in self._groups.values()}
+        missing = row + 1 - len(self.delta_RN)
+        if missing > 0:
+            more = self.delta_RN.new_zeros(missing, self.delta_RN.shape[1])
+            self.delta_RN = torch.cat((self.delta_RN, more))
+        self.delta_RN[row] = 0
         return row
 
     def close(self, row: int) -> None:
         """End a sequence; its row may be given to another."""
-        self._compressed.discard(row)
-        self._free.append(row)
+        for group in self._groups.values():
+            group.store.close(row)
 
-    @torch.inference_mode()
     def evict(self, view: CacheView, rows: Sequence[int], keep_RKS: Tensor) -> None:
-        """Note what a compaction of some layers is about to drop; call it before ``compact_kv``.
+        """Note what a compaction is about to drop; call it before ``compact_kv``.
 
         Args:
-            view: The cache before the compaction.
+            view: The cache of one group of layers before the compaction.
             rows: Ledger row of each sequence of the view, distinct.
             keep_RKS: Slots that survive, from ``choose``.
         """
-        positions_RKS = view.slot_positions()
-        is_gone_RKS = (positions_RKS >= 0).scatter(2, keep_RKS, False)
-        given = (view.keys(), view.values(), positions_RKS, is_gone_RKS)
-        index = self._rows(rows)
-        for layer, *own in zip(view.layers, *(x.split(len(rows)) for x in given), strict=True):
-            summary = self.summaries[layer].take(index)
-            summary.add(*own)
-            self.summaries[layer].put(index, summary)
-        self._compressed.update(rows)
+        self._groups[view.layers[0]].store.evict(view, rows, keep_RKS)
 
     @torch.inference_mode()
     def observe(
         self,
-        layer: int,
-        rows: Sequence[int],
-        q_RHD: Tensor,
-        o_RHD: Tensor,
-        lse_RH: Tensor,
-        positions_R: Tensor,
+        layers: Sequence[int],
+        rows_Q: Tensor,
+        q_LQHD: Tensor,
+        kept_LQHD: Tensor,
+        used_LQHD: Tensor,
+        lse_LQH: Tensor,
+        positions_Q: Tensor,
     ) -> None:
-        """Bound one layer's deviation at one token per row and keep the largest so far.
+        """Bound the deviation of a group's layers at one token per row; keep the largest so far.
 
         Args:
-            layer: Layer index.
-            rows: Ledger row of each query; a sequence may occur several times.
-            q_RHD: Queries after RoPE.
-            o_RHD: Attention outputs over the kept keys.
-            lse_RH: Log-sum-exp of the kept logits.
-            positions_R: Original positions of the queries.
+            layers: A group of layers, one of ``group_layers``.
+            rows_Q: Ledger row of each token, int64; a sequence may occur several times.
+            q_LQHD: Queries after RoPE.
+            kept_LQHD: Attention outputs over the kept keys.
+            used_LQHD: The outputs that went on through the model.
+            lse_LQH: Log-sum-exp of the kept logits.
+            positions_Q: Original positions of the queries.
         """
-        chosen = [i for i, row in enumerate(rows) if row in self._compressed]
-        if not chosen:
-            return
-        pick, index = self._rows(chosen), self._rows([rows[i] for i in chosen])
-        # A chunk of many tokens goes in parts: the bias needs (R, H, context) numbers.
-        part = max(1, LARGEST // (q_RHD.shape[1] * self.model.config.context))
-        for picked, row_index in zip(pick.split(part), index.split(part), strict=True):
-            given = (q_RHD[picked], o_RHD[picked], lse_RH[picked], positions_R[picked])
-            delta_R = self._block_deviation(layer, row_index, *given)
-            self.delta_RL[:, layer].scatter_reduce_(0, row_index, delta_R, "amax")
+        group = self._groups[layers[0]]
+        wide = max(self.clusters * q_LQHD.shape[3], group.store.whole().is_gone.shape[3])
+        # A chunk of many tokens goes in parts: each needs so many numbers per head.
+        step = max(1, LARGEST // (len(layers) * q_LQHD.shape[2] * wide))
+        layer_L = torch.tensor(layers, device=self.device)
+        for first in range(0, len(rows_Q), step):
+            part = slice(first, first + step)
+            given = (x[:, part].flatten(0, 1) for x in (q_LQHD, kept_LQHD, used_LQHD, lse_LQH))
+            delta_R = self._block_deviation(group, rows_Q[part], positions_Q[part], *given)
+            delta_QL = delta_R.view(len(layers), -1).T
+            into_QL = rows_Q[part, None].expand_as(delta_QL)
+            worst = self.delta_RN[:, layer_L].scatter_reduce(0, into_QL, delta_QL, "amax")
+            self.delta_RN[:, layer_L] = worst
 
     def _block_deviation(
         self,
-        layer: int,
-        index: Tensor,
+        group: _Group,
+        rows_Q: Tensor,
+        positions_Q: Tensor,
         q_RHD: Tensor,
-        o_RHD: Tensor,
+        kept_RHD: Tensor,
+        used_RHD: Tensor,
         lse_RH: Tensor,
-        positions_R: Tensor,
     ) -> Tensor:
-        summary, constants = self.summaries[layer].take(index), self.constants[layer]
-        groups = (summary.count.shape[1], -1)
-        q_RKGD = q_RHD.double().unflatten(1, groups)
-        log_mass = log_mass_bound(summary, constants, q_RKGD, positions_R)
-        o_RKGD, lse_RKG = o_RHD.unflatten(1, groups), lse_RH.unflatten(1, groups)
+        summary, layers = group.store.take(rows_Q), len(group.layers)
+        layer_R = torch.arange(layers, device=self.device).repeat_interleave(len(rows_Q))
+        heads = (group.spec.kv_heads, -1)
+        q_RKGD = q_RHD.double().unflatten(1, heads)
+        sums = None
+        if group.bias is not None:
+            positions_R = positions_Q.repeat(layers)
+            sums = group.bias.masses(layer_R, positions_R, summary.is_gone, self.clusters)
+        masses = cluster_masses(summary, group.spec.scale, q_RKGD, sums)
         # A dot product rounds relative to |q||k|, which may be far above the logit itself.
-        key_bound, value_bound = self.cached_bounds[layer]
         unit = (q_RHD.shape[2] + ROUNDINGS) * torch.finfo(lse_RH.dtype).eps
-        error_RKG = unit * constants.scale * key_bound * q_RKGD.norm(dim=-1)
-        heads = head_deviation(summary, log_mass, o_RKGD, lse_RKG, error_RKG, value_bound)
-        return constants.block_deviation(heads)
+        key_R11 = group.key_L[layer_R, None, None]
+        attended = Attended(
+            kept_RKGD=kept_RHD.unflatten(1, heads),
+            used_RKGD=used_RHD.unflatten(1, heads),
+            lse_RKG=lse_RH.unflatten(1, heads),
+            error_RKG=unit * group.spec.scale * key_R11 * q_RKGD.norm(dim=-1),
+            value_bound=group.value_L[layer_R, None, None],
+        )
+        return group.block_deviation(layer_R, head_deviation(summary, masses, attended))
 
     @torch.inference_mode()
     def deviation(self, rows: Sequence[int]) -> Deviation:
         """Bound how far the sequences are from full attention on the same tokens."""
-        delta_RL = self.delta_RL[self._rows(rows)]
+        rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        delta_RN = self.delta_RN[rows_R]
         # A bound may be infinite where nothing moved; zero times infinity is zero here.
-        moved_RL = torch.where(delta_RL > 0, delta_RL * self.amplification_L, 0)
-        stream_R = moved_RL.sum(1) * (1 + OUTWARD)
+        moved_RN = torch.where(delta_RN > 0, delta_RN * self.amplification_N, 0)
+        stream_R = moved_RN.sum(1) * (1 + OUTWARD)
         certificate = self.certificate
         to_logits = certificate.head_norm / math.sqrt(certificate.vocab_size) * (1 + OUTWARD)
-        return Deviation(stream_R, stream_R * to_logits, stream_R * certificate.pair_norm)
+        pair_R = stream_R * certificate.pair_norm
+        bounds = (stream_R, stream_R * to_logits, pair_R)
+        return Deviation(*bounds, self.margins, certificate.stream)
+
+    def _group(self, decoder: LipschitzDecoder, layers: tuple[int, ...]) -> _Group:
+        specs = [decoder.layers[layer] for layer in layers]
+        biases = [spec.bias_HT for spec in specs if spec.bias_HT is not None]
+        positions = map_length(decoder.context, self.clusters) if biases else None
+        bias = None
+        if positions is not None:
+            bias = BiasTable.of(torch.stack(biases), positions)
+        blocks = [self.model.layers[layer] for layer in layers]
+        outputs = [block.attention.output.weight for block in blocks]
+        heads = [w_OI.split(specs[0].head_dim, dim=1) for w_OI in outputs]
+        head_norms = [[spectral_norm_bound(w_OI) for w_OI in split] for split in heads]
+        keys, values = zip(*(self._cached_bounds(layer) for layer in layers), strict=True)
+        return _Group(
+            layers,
+            specs[0],
+            SummaryStore(len(layers), specs[0], self.clusters, self.device, positions),
+            bias,
+            self._tensor([b.layer.attn_residual * b.layer.attn_factor for b in blocks]),
+            self._tensor([spectral_norm_bound(w_OI) for w_OI in outputs]),
+            torch.tensor(head_norms, dtype=torch.float64, device=self.device),
+            self._tensor(keys),
+            self._tensor(values),
+        )
 
     def _cached_bounds(self, index: int) -> tuple[float, float]:
         """Bound the norms of all cached keys and values of a layer, with room for rounding."""
@@ -207,26 +272,6 @@ class EvictionLedger:
         radius *= self.certificate.blocks[2 * index].radius_in
         key = 0.0 if attention.key is None else spectral_norm_bound(attention.key.weight)
         return key * radius, spectral_norm_bound(attention.value.weight) * radius
-
-    def _grow(self) -> None:
-        old, extra = len(self.delta_RL), max(len(self.delta_RL), 8)
-        self.delta_RL = torch.cat((self.delta_RL, self.delta_RL.new_zeros(extra, self._layers)))
-        for index, summary in enumerate(self.summaries):
-            pairs = zip(summary.fields(), self._empty(index, extra).fields(), strict=True)
-            self.summaries[index] = Summary(*(torch.cat(pair) for pair in pairs))
-        self._free += range(old + extra - 1, old - 1, -1)
-
-    @property
-    def _layers(self) -> int:
-        return self.delta_RL.shape[1]
-
-    def _empty(self, index: int, rows: int) -> Summary:
-        layer = self.model.config.layer(index)
-        shape = (rows, layer.kv_heads, self.clusters)
-        return Summary.empty(shape, layer.head_dim, self.model.config.context, self.device)
-
-    def _rows(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     def _tensor(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.device)
