@@ -6,7 +6,8 @@ Shipped models are package data (``common/shipped/NAME``) and are never written 
 from pathlib import Path
 
 from common import files
-from common.bundle_format import CONFIG, MANIFEST
+from common.bundle_format import MANIFEST
+from common.checkpoints import is_checkpoint
 from common.errors import BundleError
 
 SHIPPED_FOLDER = Path(__file__).parent / "shipped"
@@ -45,10 +46,10 @@ def resolve_bundle(name: str | Path) -> Path:
                 files.recover_directory(path)
             if (path / MANIFEST).is_file():
                 return path
-    if _is_checkpoint(Path(name).expanduser()):
+    if is_checkpoint(name):
         raise BundleError(
-            f"bundle={name}: a checkpoint of transformers, expected a bundle; only lipllm compress "
-            "reads checkpoints; give the folder that lipllm train wrote"
+            f"bundle={name}: a checkpoint of transformers, expected a bundle; only lipllm "
+            "compress, calibrate and generate read checkpoints; give the folder of a bundle"
         )
     if Path(name).is_dir():
         raise BundleError(
@@ -60,10 +61,3 @@ def resolve_bundle(name: str | Path) -> Path:
         f"bundle={name}: no such directory and no shipped model of that name (shipped: {names}); "
         "make one with: lipllm train"
     )
-
-
-def _is_checkpoint(path: Path) -> bool:
-    try:
-        return b'"model_type"' in (path / CONFIG).read_bytes()
-    except OSError:
-        return False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.bundle import Bundle, load_bundle
 from common.bundle_format import WEIGHTS
+from common.checkpoints import is_checkpoint
 from common.config import build
 from common.corpus import Corpus, prepare_corpus
 from common.device import resolve_device
@@ -18,7 +19,6 @@ from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
 from compress.adapters import adapter_for
 from compress.checkpoint_app import compress_checkpoint
-from compress.checkpoints.checkpoint import is_hf
 from compress.classifier_app import compress_classifier
 from compress.frontier import frontier_point, frontier_points, speeds
 from compress.measure import Reference
@@ -46,7 +46,7 @@ def compress(cfg: DictConfig, run: Run) -> Outcome:
         LipError: for anything the user can correct.
     """
     settings: CompressConfig = build(cfg.compress, seed=cfg.seed)
-    if isinstance(cfg.bundle, str) and is_hf(cfg.bundle):
+    if isinstance(cfg.bundle, str) and is_checkpoint(cfg.bundle):
         return compress_checkpoint(cfg, settings, run)
     bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
     require_certificate(bundle)

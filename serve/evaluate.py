@@ -19,6 +19,8 @@ from torch import Tensor
 
 from common.errors import ShapeError
 from common.models import LipschitzTransformer
+from serve.causal import CausalAttention
+from serve.decoder import Decoder, as_decoder
 from serve.engine.runner import Stats
 from serve.engine.scheduler import EngineConfig
 from serve.kv import Policy
@@ -60,14 +62,18 @@ class KvScore:
 
 
 @torch.inference_mode()
-def full_logits(model: LipschitzTransformer, tokens_NT: Tensor) -> Tensor:
+def full_logits(model: LipschitzTransformer | Decoder, tokens_NT: Tensor) -> Tensor:
     """Return the plain model's logits (N, T, V), window by window."""
-    return torch.cat([model(row_T[None]) for row_T in tokens_NT.to(model.embedding.weight.device)])
+    decoder = as_decoder(model)
+    attend = CausalAttention(decoder.layers, windows=1)
+    positions_T = torch.arange(tokens_NT.shape[1], device=decoder.device)
+    rows = tokens_NT.to(decoder.device)
+    return torch.stack([decoder.forward(row_T, positions_T, attend) for row_T in rows])
 
 
 @torch.inference_mode()
 def score_policy(
-    model: LipschitzTransformer,
+    model: LipschitzTransformer | Decoder,
     tokens_NT: Tensor,
     policy: Policy,
     *,
@@ -94,10 +100,10 @@ def score_policy(
     Raises:
         ShapeError: if the windows are empty or longer than the context.
     """
-    if tokens_NT.numel() == 0 or tokens_NT.shape[1] > model.config.context:
+    if tokens_NT.numel() == 0 or tokens_NT.shape[1] > as_decoder(model).context:
         raise ShapeError(
             f"windows {tuple(tokens_NT.shape)}: expected at least one token and at most the "
-            f"context of {model.config.context}; choose other windows"
+            f"context of {as_decoder(model).context}; choose other windows"
         )
     full = full_logits(model, tokens_NT) if reference_NTV is None else reference_NTV
     run = replay(model, tokens_NT, policy, stats, ledger, config)
@@ -134,7 +140,7 @@ def with_budget(policy: Policy, budget: int) -> Policy:
 
 
 def frontier(
-    model: LipschitzTransformer,
+    model: LipschitzTransformer | Decoder,
     tokens_NT: Tensor,
     policies: Sequence[Policy],
     *,

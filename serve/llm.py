@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from common.bundle import Bundle, load_bundle
+from common.bundle import Bundle
 from common.errors import BundleError, ConfigError
 from common.models import LipschitzTransformer
 from common.tokenizer import Tokenizer
+from serve.decoder import Decoder
 from serve.engine import request as engine_request
 from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
@@ -23,6 +24,7 @@ from serve.engine.sampling_params import SamplingParams
 from serve.kv import Policy, policy_by_name
 from serve.kv.calibrate import layer_stats
 from serve.kv.eviction import EvictionLedger
+from serve.loading import Served, load_served
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +64,10 @@ class RequestOutput:
 
 
 class LLM:
-    """A bundle ready to generate.
+    """A bundle, or a checkpoint of ``transformers``, ready to generate.
 
     Args:
-        path: Bundle, its directory, or the name of a shipped model.
+        path: Bundle or checkpoint, its directory, or the name of a shipped model.
         kv: Cache policy, or the name of one with its default options; None keeps every token.
         engine: Engine settings.
         device: Where the model runs; ignored for a loaded bundle.
@@ -78,14 +80,16 @@ class LLM:
 
     def __init__(
         self,
-        path: str | Path | Bundle,
+        path: str | Path | Served,
         *,
         kv: Policy | str | None = None,
         engine: EngineConfig | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.bundle = path if isinstance(path, Bundle) else load_bundle(path, device=device)
         self.engine_config = engine or EngineConfig()
+        if isinstance(path, str | Path):
+            path = load_served(path, device=device, dtype=self.engine_config.dtype)
+        self.bundle = path
         self.policy = policy_by_name(kv) if isinstance(kv, str) else kv
         self.tokenizer = require_tokenizer(self.bundle)
         self.model = cast_model(self.bundle.model, self.engine_config.dtype)
@@ -95,6 +99,7 @@ class LLM:
             self.policy,
             policy_stats(self.bundle, self.policy),
             make_ledger(self.bundle, self.model, self.engine_config),
+            () if isinstance(path, Bundle) else path.stop_token_ids,
         )
 
     @torch.inference_mode()
@@ -164,7 +169,7 @@ class LLM:
 
     def _output(self, sequence: engine_request.Sequence) -> RequestOutput:
         params, tokens = sequence.request.params, sequence.output
-        ends_in_stop_token = bool(tokens) and tokens[-1] in params.stop_token_ids
+        ends_in_stop_token = bool(tokens) and tokens[-1] in sequence.request.stop_ids
         text = self.tokenizer.decode(tokens[:-1] if ends_in_stop_token else tokens)
         cuts = [text.index(stop) for stop in params.stop if stop in text]
         reason = sequence.finish_reason or "abort"
@@ -190,13 +195,14 @@ def _work(sequence: engine_request.Sequence, *, whole: bool = False) -> int:
     return len(sequence.output)
 
 
-def require_tokenizer(bundle: Bundle) -> Tokenizer:
+def require_tokenizer(bundle: Served) -> Tokenizer:
     """Return the tokenizer of a language model's bundle.
 
     Raises:
         BundleError: if the bundle is a classifier or lacks a tokenizer.
     """
-    if not isinstance(bundle.model, LipschitzTransformer) or bundle.tokenizer is None:
+    is_language = isinstance(bundle.model, LipschitzTransformer | Decoder)
+    if not is_language or bundle.tokenizer is None:
         raise BundleError(
             f"{bundle.path}: a {bundle.kind} cannot generate text; expected a transformer with a "
             "tokenizer"
@@ -204,15 +210,28 @@ def require_tokenizer(bundle: Bundle) -> Tokenizer:
     return bundle.tokenizer
 
 
-def cast_model(model: LipschitzTransformer, dtype: str | None) -> LipschitzTransformer:
-    """Return the model in ``dtype``; a copy when that differs from its own."""
+def cast_model(
+    model: LipschitzTransformer | Decoder, dtype: str | None
+) -> LipschitzTransformer | Decoder:
+    """Return the model in ``dtype``; a copy when that differs from its own.
+
+    Raises:
+        ConfigError: for a loaded checkpoint of another dtype.
+    """
     target = None if dtype is None else getattr(torch, dtype)
+    if isinstance(model, Decoder):
+        if target not in (None, model.dtype):
+            raise ConfigError(
+                f"engine.dtype={dtype}: the checkpoint is loaded as {model.dtype}; load it in that "
+                "type, or give its folder"
+            )
+        return model
     if target is None or model.embedding.weight.dtype == target:
         return model
     return copy.deepcopy(model).to(target)
 
 
-def policy_stats(bundle: Bundle, policy: Policy | None) -> list[Any] | None:
+def policy_stats(bundle: Served, policy: Policy | None) -> list[Any] | None:
     """Return the statistics of each layer that the policy needs, None if it needs none.
 
     Raises:
@@ -224,7 +243,7 @@ def policy_stats(bundle: Bundle, policy: Policy | None) -> list[Any] | None:
 
 
 def make_ledger(
-    bundle: Bundle, model: LipschitzTransformer, config: EngineConfig
+    bundle: Served, model: LipschitzTransformer | Decoder, config: EngineConfig
 ) -> EvictionLedger | None:
     """Return the ledger that bounds eviction error, None without certificate.
 
@@ -233,7 +252,7 @@ def make_ledger(
     Raises:
         CertificateError: for a void certificate.
     """
-    if not config.certificate or bundle.certificate is None:
+    if not config.certificate or bundle.certificate is None or isinstance(model, Decoder):
         return None
     stored, served = bundle.model.embedding.weight.dtype, model.embedding.weight.dtype
     if torch.promote_types(stored, served) != served:

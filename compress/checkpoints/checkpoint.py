@@ -15,33 +15,28 @@ from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
 
 from common import files
+from common.bundle_format import CONFIG
+from common.checkpoints import (
+    checkpoint_fingerprint,
+    first_line,
+    is_checkpoint,
+    load_causal_model,
+    transformers_library,
+)
 from common.device import resolve_device
-from common.errors import BackendError, BundleError, ConfigError
+from common.errors import BundleError, ConfigError
 from compress.adapters.hugging_face import decoder_adapter
 from compress.checkpoints.manifest import (
     COMPRESSION,
     MANIFEST,
     kept_inputs,
     make_manifest,
-    parent_fingerprint,
-    read_json,
     read_manifest,
     require_own,
     tokenizer_files,
 )
 
 log = logging.getLogger(__name__)
-
-CONFIG = "config.json"
-
-
-def is_hf(path: str | Path) -> bool:
-    """Return whether a folder holds a checkpoint of ``transformers`` rather than a bundle."""
-    try:
-        config = read_json(Path(path).expanduser() / CONFIG)
-    except BundleError:
-        return False
-    return isinstance(config.get("model_type"), str)
 
 
 def load_hf(path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
@@ -66,20 +61,20 @@ def load_hf(path: str | Path, *, dtype: torch.dtype | None = None, device: str =
             f"{path}: expected a folder with {CONFIG}; models of the hub, gated ones too, are not "
             "fetched: download it (hf download NAME --local-dir FOLDER) and name the folder"
         )
-    if not is_hf(folder):
+    if not is_checkpoint(folder):
         raise BundleError(f"{folder / CONFIG}: names no model_type; expected one of transformers")
-    library = _transformers()
+    library = transformers_library()
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     try:
         if manifest is not None and manifest["loader"] == "lipllm":
             model = _load_resized(library, folder, manifest, dtype)
         else:
-            model = _load_ordinary(library, folder, dtype)
+            model = load_causal_model(folder, dtype)
     except (BundleError, ConfigError):
         raise
     except Exception as error:  # every version of the library has its own
         raise BundleError(
-            f"{folder}: transformers {library.__version__} cannot load it ({_reason(error)}); "
+            f"{folder}: transformers {library.__version__} cannot load it ({first_line(error)}); "
             "restore the folder or choose a decoder model in safetensors format"
         ) from error
     decoder_adapter(model)
@@ -111,7 +106,7 @@ def save_hf(
     path = Path(path).expanduser().resolve()
     adapter = decoder_adapter(model)
     origin = None if parent is None else Path(parent).expanduser().resolve()
-    fingerprint = None if origin is None else parent_fingerprint(origin)
+    fingerprint = None if origin is None else checkpoint_fingerprint(origin)
     is_plain = is_ordinary(model)
     require_own(path)
     try:
@@ -128,7 +123,7 @@ def save_hf(
             files.swap_directory(stage, path)
     except (OSError, SafetensorError) as error:
         raise BundleError(
-            f"{path}: cannot write the checkpoint ({_reason(error)}); what was there is "
+            f"{path}: cannot write the checkpoint ({first_line(error)}); what was there is "
             "unchanged; free space or choose another folder"
         ) from error
     if not is_plain:
@@ -157,22 +152,6 @@ class _Unallocated(TorchFunctionMode):
         if func is torch.empty:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
-
-
-def _load_ordinary(library: Any, folder: Path, dtype: torch.dtype | None) -> Any:
-    model, info = library.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    # The library fills what is missing with random numbers.
-    missing = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
-    if missing:
-        raise BundleError(f"{folder}: tensor {missing[0]} is missing; restore the weights")
-    return model
 
 
 def _load_resized(
@@ -206,24 +185,6 @@ def _load_resized(
             folder, local_files_only=True
         )
     return model
-
-
-def _transformers() -> Any:
-    """Return the module ``transformers``, which keeps its messages and bars to itself."""
-    try:
-        import transformers
-    except ImportError:
-        raise BackendError(
-            "checkpoints of transformers need the package: pip install 'lipllm[hf]'"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (getattr(error, "strerror", None) or (lines or [type(error).__name__])[0])[:200]
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:

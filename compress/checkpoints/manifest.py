@@ -1,6 +1,5 @@
 """What lies beside the weights of a pruned checkpoint: sizes of its layers, hashes, origin."""
 
-import hashlib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -130,22 +129,6 @@ def _count(sizes: Any, target: Target, group: int) -> int | None:
         return None
     is_whole = target.kind != "heads" or sizes.get("heads") == count * group
     return count if is_whole else None
-
-
-def parent_fingerprint(folder: Path) -> str:
-    """Return the sha256 (hex) over configuration and weights of a checkpoint.
-
-    Raises:
-        BundleError: when it has none.
-    """
-    identity = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    try:
-        lines = [f"{file.name} {files.sha256_file(file)}\n" for file in identity]
-    except OSError as error:
-        raise BundleError(
-            f"{folder}: cannot read the parent checkpoint ({error.strerror}); name its folder"
-        ) from None
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

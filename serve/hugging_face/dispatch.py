@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.errors import BackendError
+from common.checkpoints import transformers_library
 
 NAME = "lipllm"
 
@@ -23,24 +23,6 @@ MaskHook = Callable[[dict[str, Any]], Tensor | None]
 """``hook(options) -> mask``, whatever the attention hook wants to see as its mask."""
 
 _HOOKS: ContextVar[tuple[Hook, MaskHook] | None] = ContextVar("lipllm_attention", default=None)
-
-
-def transformers_library() -> Any:
-    """Return the module ``transformers``, which keeps its messages and bars to itself.
-
-    Raises:
-        BackendError: when it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise BackendError(
-            "checkpoints of transformers need the package: pip install 'lipllm[hf]'"
-        ) from None
-    library: Any = transformers
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
-    return library
 
 
 def register() -> None:

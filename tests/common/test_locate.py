@@ -135,7 +135,7 @@ def test_damaged_provenance_is_named(tmp_path):
 def test_a_checkpoint_of_transformers_is_called_what_it_is(tmp_path):
     """Oracle: the message names the folder, what it is and the command that reads it."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(BundleError, match="only lipllm compress reads checkpoints") as info:
+    with pytest.raises(BundleError, match="calibrate and generate read checkpoints") as info:
         resolve_bundle(tmp_path)
     assert str(info.value).startswith(f"bundle={tmp_path}: a checkpoint of transformers")
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from common import files
+from common.checkpoints import is_checkpoint
 from common.errors import BundleError, ConfigError, LipError
 from compress.adapters import adapter_for
-from compress.checkpoints.checkpoint import is_hf, is_ordinary, load_hf, save_hf
+from compress.checkpoints.checkpoint import is_ordinary, load_hf, save_hf
 from compress.checkpoints.manifest import MANIFEST
 from compress.pruner import prune_model
 from compress.settings import CompressConfig
@@ -158,18 +159,18 @@ def test_what_lies_beside_the_weights(make_decoder, tmp_path):
     assert compression == {"parent_fingerprint": manifest["parent"], "keep": 0.5}
     save_hf(dense, small)
     assert not (small / "compression.json").exists()
-    assert is_hf(small)
+    assert is_checkpoint(small)
 
 
 def test_only_checkpoints_are_recognised(tmp_path):
     """Oracle: the key that transformers writes and bundles do not."""
-    assert not is_hf(tmp_path)
+    assert not is_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"format_version": 1, "kind": "transformer"}')
-    assert not is_hf(tmp_path)
+    assert not is_checkpoint(tmp_path)
     with pytest.raises(BundleError, match="names no model_type"):
         load_hf(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert is_hf(tmp_path)
+    assert is_checkpoint(tmp_path)
 
 
 def refused(path: str | Path) -> str:
@@ -263,5 +264,5 @@ def test_a_failed_write_leaves_the_old_checkpoint(make_decoder, tmp_path, monkey
     (path / MANIFEST).unlink()
     with pytest.raises(BundleError, match="holds something else"):
         save_hf(make_decoder("gpt2"), path)
-    with pytest.raises(BundleError, match="cannot read the parent checkpoint"):
+    with pytest.raises(BundleError, match="cannot read the checkpoint"):
         save_hf(make_decoder("gpt2"), tmp_path / "new", parent=tmp_path / "absent")

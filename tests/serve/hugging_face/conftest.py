@@ -1,5 +1,6 @@
 """Tiny random models of ``transformers``, one per way of attending."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,16 +60,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model in evaluation mode with norms and biases away from one and zero."""
+def build(kind: str, changes: dict[str, Any]) -> Any:
+    """Return a model of a class of ``transformers``, with its own initialization."""
     import transformers
 
-    kind, changes = MODELS[name]
-    generator = torch.Generator().manual_seed(3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = getattr(transformers, f"{kind}Config")(**(SHAPE | changes))
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model in evaluation mode with norms and biases away from one and zero."""
+    model = build(*MODELS[name])
+    generator = torch.Generator().manual_seed(3)
     for key, parameter in model.named_parameters():
         if parameter.ndim == 1:
             noise = 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -98,15 +103,40 @@ def run(
     return sequences
 
 
+def save_folder(path: Path, name: str = "qwen3") -> Path:
+    """Write a model with a byte-level tokenizer as a folder of ``transformers``."""
+    import tokenizers
+    import transformers
+
+    make_model(name).save_pretrained(path)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    letters = [c for c in alphabet if c.isascii() or c == "\u0120"][: VOCAB - 1]
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder of a tiny checkpoint, for this test alone."""
+    return save_folder(tmp_path / "checkpoint")
+
+
 @pytest.fixture(scope="session")
 def hf() -> SimpleNamespace:
     """Return the helpers of this file by name."""
     make_model("llama")  # importing the library takes seconds, which no single test should pay
     return SimpleNamespace(
+        build=build,
         make_model=make_model,
         make_prompts=make_prompts,
         run=run,
         models=tuple(MODELS),
+        save_folder=save_folder,
         context=CONTEXT,
         vocab=VOCAB,
         greedy=GREEDY,
