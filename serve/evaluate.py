@@ -100,10 +100,11 @@ def score_policy(
     Raises:
         ShapeError: if the windows are empty or longer than the context.
     """
-    if tokens_NT.numel() == 0 or tokens_NT.shape[1] > as_decoder(model).context:
+    context = model.context if isinstance(model, Decoder) else model.config.context
+    if tokens_NT.numel() == 0 or tokens_NT.shape[1] > context:
         raise ShapeError(
             f"windows {tuple(tokens_NT.shape)}: expected at least one token and at most the "
-            f"context of {as_decoder(model).context}; choose other windows"
+            f"context of {context}; choose other windows"
         )
     full = full_logits(model, tokens_NT) if reference_NTV is None else reference_NTV
     run = replay(model, tokens_NT, policy, stats, ledger, config)

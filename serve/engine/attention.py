@@ -132,6 +132,7 @@ class PagedAttention:
             positions_R,
             spec.scale,
             _bias(spec, q_RHD.dtype),
+            window=spec.sliding_window,
             backend=self.backend,
         )
         where = (batch.tables_RW, batch.lengths_R, pool)

@@ -18,8 +18,9 @@ from common.config import check_types, positive
 from common.errors import BundleError, DataError
 from common.models import LipschitzTransformer
 from serve.causal import CausalAttention
-from serve.decoder import Decoder, LayerSpec, as_decoder
-from serve.rotation import rotate, to_bands
+from serve.decoder import Decoder, LayerSpec, as_decoder, layer_spec
+from serve.kernels.reference import rotary_parts
+from serve.rotation import rotate
 
 FREQUENCY_TOLERANCE = 1e-6  # relative; a wrong frequency scores wrongly without any other sign
 SUM_TOKENS = 4096  # tokens whose float64 copy is held at a time
@@ -140,7 +141,8 @@ class _Collector(CausalAttention):
 
     def _add(self, layer: int, prefix: str, x_MHD: Tensor) -> None:
         spec, x_MHD = self.specs[layer], x_MHD.double()
-        bands_MHF2, rest_MHP = to_bands(x_MHD, spec), x_MHD[..., 2 * spec.bands :]
+        bands_MHF2 = torch.stack(rotary_parts(x_MHD, spec.bands, spec.interleaved), dim=-1)
+        rest_MHP = x_MHD[..., 2 * spec.bands :]
         square_MHF = bands_MHF2.square().sum(-1)
         band_prefix = prefix or "q_"
         found = {
@@ -187,7 +189,7 @@ def layer_stats(
     Raises:
         BundleError: if statistics are missing, or shapes or RoPE frequencies disagree.
     """
-    layers = as_decoder(model).layers
+    layers = _specs(model)
     split: list[dict[str, Tensor] | None] = [None] * len(layers)
     for index, spec in enumerate(layers):
         prefix = f"layers.{index}."
@@ -199,6 +201,12 @@ def layer_stats(
         _check_layer(prefix, own, spec)
         split[index] = own
     return split
+
+
+def _specs(model: LipschitzTransformer | Decoder) -> tuple[LayerSpec, ...]:
+    if isinstance(model, Decoder):
+        return model.layers
+    return tuple(layer_spec(layer.attention) for layer in model.layers)
 
 
 def _check_layer(prefix: str, own: Mapping[str, Tensor], spec: LayerSpec) -> None:

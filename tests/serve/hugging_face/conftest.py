@@ -103,6 +103,18 @@ def run(
     return sequences
 
 
+def generated(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Return the library's greedy continuation."""
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=count,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
 def save_folder(path: Path, name: str = "qwen3") -> Path:
     """Write a model with a byte-level tokenizer as a folder of ``transformers``."""
     import tokenizers
@@ -132,6 +144,7 @@ def hf() -> SimpleNamespace:
     make_model("llama")  # importing the library takes seconds, which no single test should pay
     return SimpleNamespace(
         build=build,
+        generated=generated,
         make_model=make_model,
         make_prompts=make_prompts,
         run=run,

@@ -23,18 +23,6 @@ def sequence_of(tokens):
     return Sequence.start(request)
 
 
-def generated(model, prompt, count):
-    """Greedy continuation by the library, ends of sequence ignored."""
-    output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        do_sample=False,
-        max_new_tokens=count,
-        pad_token_id=0,
-    )
-    return output[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize("name", FULL)
 def test_engine_logits_equal_the_models_own_forward(hf, name):
     """Oracle: the model's forward over the text at once, with the library's own attention."""
@@ -58,7 +46,7 @@ def test_greedy_tokens_equal_generate(hf, name):
     """Oracle: ``model.generate`` on the same object, before and after; 64 new tokens."""
     model = hf.make_model(name)
     prompts = hf.make_prompts([9, 33])
-    expected = [generated(model, prompt, 64) for prompt in prompts]
+    expected = [hf.generated(model, prompt, 64) for prompt in prompts]
     sequences = hf.run(HuggingFaceDecoder(model), prompts)
     assert [sequence.output for sequence in sequences] == expected
-    assert generated(model, prompts[0], 4) == expected[0][:4]
+    assert hf.generated(model, prompts[0], 4) == expected[0][:4]
