@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.models import LipschitzTransformer
 from common.models.layers import Attention
+from common.models.packed import PackedTransformer
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer, q_NHD, k_NKD, v_NKD) -> o_NHD``; queries and keys are rotated."""
@@ -136,7 +137,7 @@ class LipschitzDecoder(Decoder):
 
     def __init__(self, model: LipschitzTransformer) -> None:
         weight = model.embedding.weight
-        self._model = model
+        self._model, self._packed = model, PackedTransformer(model)
         self.layers = tuple(layer_spec(layer.attention) for layer in model.layers)
         self.vocab_size, self.context = model.config.vocab_size, model.config.context
         self.num_parameters = model.num_parameters
@@ -161,13 +162,7 @@ class LipschitzDecoder(Decoder):
         self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, last_M: Tensor | None = None
     ) -> Tensor:
         """Return logits (M, V); see ``Decoder.forward``."""
-
-        def hook(layer: int, q_NH1D: Tensor, k_NK1D: Tensor, v_NK1D: Tensor) -> Tensor:
-            return attend(layer, q_NH1D[:, :, 0], k_NK1D[:, :, 0], v_NK1D[:, :, 0])[:, :, None]
-
-        x_N1C = self._model.embed(tokens_N[:, None])
-        x_N1C = self._model.stream(x_N1C, positions_N[:, None], hook)
-        return self._model.logits(x_N1C if last_M is None else x_N1C[last_M])[:, 0]
+        return self._packed(tokens_N, positions_N, attend, last_M)
 
 
 def layer_spec(attention: Attention) -> LayerSpec:

@@ -5,7 +5,7 @@ w_f = theta^(-2f/D). Rotations are orthogonal, so token norms and certificates d
 With R < D rotated components w_f = theta^(-2f/R), and the bands after them have frequency 0.
 """
 
-# Legend: B batch, H heads, T position, D head width.
+# Legend: B batch, H heads, T position, D head width, N tokens (flat), A heads of any kind.
 
 import torch
 from torch import Tensor
@@ -46,3 +46,27 @@ def rotate(x_BHTD: Tensor, cos_sin: Tensor) -> Tensor:
     cos, sin = cos_sin
     first, second = x_BHTD.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def turn_table(context: int, inverse_frequency: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rotations of all positions, for ``turn``.
+
+    Args:
+        context: Number of positions.
+        inverse_frequency: Frequencies (D/2,), float64.
+        dtype: Result dtype.
+
+    Returns:
+        Tensor (context, 2, D): cosines twice, then minus sines and sines.
+    """
+    positions_1T = torch.arange(context, device=inverse_frequency.device)[None]
+    cos_TF, sin_TF = rotation(positions_1T, inverse_frequency, dtype)[:, 0, 0]
+    both = torch.cat((cos_TF, cos_TF), dim=-1), torch.cat((-sin_TF, sin_TF), dim=-1)
+    return torch.stack(both, dim=1)
+
+
+def turn(x_NAD: Tensor, turn_N2D: Tensor) -> Tensor:
+    """Rotate heads (N, A, D) by rows of ``turn_table``; equal to ``rotate`` up to rounding."""
+    cos_N1D, sin_N1D = turn_N2D[:, :1], turn_N2D[:, 1:]
+    swapped_NAD = torch.roll(x_NAD, x_NAD.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_NAD * cos_N1D, swapped_NAD, sin_N1D)
