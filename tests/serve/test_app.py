@@ -92,7 +92,7 @@ def test_generate_says_why_a_character_model_is_not_compared(
         ((f"generate.prompts=[{'x' * 60}]",), f"60 tokens, the model's context is {CONTEXT}"),
         (("generate.prompt_file=missing.txt",), "missing.txt: No such file"),
         (("generate.frontier=[2]",), "generate.frontier"),
-        (("generate.policies=[h2o]",), "expected one of"),
+        (("generate.policies=[newest]",), "expected one of"),
         (("sampling.temperature=-1", "generate.prompts=[a]"), "temperature=-1"),
         (("sampling.max_tokens=many", "generate.prompts=[a]"), "max_tokens"),
         (("kv=triattention", "generate.prompts=[a]"), "calibrate"),

@@ -64,7 +64,7 @@ class RKVPolicy(RecentQueriesPolicy):
         without duplicates spares nothing, where the released code spares its first slot.
     """
 
-    queries: int | None = 8
+    queries: int = 8
     kernel: int = 7
     pooling: Literal["mean", "max"] = "max"
     attention: float = 0.1

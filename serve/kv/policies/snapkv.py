@@ -20,28 +20,24 @@ from serve.kv.view import CacheView
 class RecentQueriesPolicy(Policy):
     """Base of policies that judge old keys by the most recent queries.
 
-    The tokens of these queries are kept, and take no part in the softmax.
+    The tokens of these queries are kept and take no part in the softmax: so at most ``window``.
 
     Attributes:
-        queries: Number of queries (published for SnapKV: 64); None: as many as ``window``.
+        queries: Number of queries, where the window has so many.
         kernel: Odd number of neighbours over which the weights are pooled.
         pooling: How: their mean, or the largest.
     """
 
-    queries: int | None = None
+    queries: int = 64
     kernel: int = 5
     pooling: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
         Policy.__post_init__(self)
-        if self.queries is None:
-            positive("kv.window", self.window)
-        else:
-            positive("kv.queries", self.queries)
-        if self.budget is not None and self.sinks + self.num_queries > self.budget:
+        positive("kv.queries", self.queries)
+        if self.window == 0:
             raise ConfigError(
-                f"kv.queries={self.num_queries}: expected at most kv.budget - kv.sinks ="
-                f" {self.budget - self.sinks}, since their tokens are kept; lower it"
+                f"kv.window=0: {self.name} judges by the queries of the window; expected at least 1"
             )
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ConfigError(f"kv.kernel={self.kernel}: expected an odd number; correct it")
@@ -49,7 +45,7 @@ class RecentQueriesPolicy(Policy):
     @property
     def num_queries(self) -> int:
         """Queries that judge."""
-        return self.window if self.queries is None else self.queries
+        return min(self.queries, self.window)
 
     def prefix_limit(self, prompt: int) -> int:
         """Return all but the prompt tokens whose queries judge."""
