@@ -7,12 +7,14 @@ from typing import Any
 
 _EXPORTS = {
     "LLM": "serve.llm",
-    "RequestOutput": "serve.llm",
+    "AsyncLLM": "serve.async_llm",
+    "RequestOutput": "serve.outputs",
+    "Completion": "serve.outputs",
     "SamplingParams": "serve.engine.sampling_params",
     "EngineConfig": "serve.engine.config",
 }
 
-__all__ = ["LLM", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "Completion", "EngineConfig", "RequestOutput", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,66 +1,35 @@
 """Offline generation: ``LLM(path).generate(prompts, params)`` over the paged engine."""
 
 import copy
+import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from common.bundle import Bundle
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, DataError
 from common.models import LipschitzTransformer
 from common.tokenizer import Tokenizer
 from serve.decoder import Decoder
-from serve.engine import request as engine_request
 from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
-from serve.engine.request import FinishReason
+from serve.engine.request import Sequence
 from serve.engine.sampling_params import SamplingParams
 from serve.kv import Policy, policy_by_name
 from serve.kv.calibrate import layer_stats
 from serve.kv.eviction import EvictionLedger
 from serve.loading import Served, load_served
+from serve.outputs import Reader, RequestOutput, Writer
 
 log = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RequestOutput:
-    """What became of one prompt.
-
-    Attributes:
-        text: New text; ends before a stop string or stop token.
-        token_ids: New tokens, a stop token included.
-        finish_reason: "stop", "length", "abort" or "error".
-        prompt_token_ids: The prompt as tokens.
-        seed: Seed in force; giving it again repeats the text.
-        kv_kept_fraction: Mean over the new tokens of cached / seen tokens; 1 for a full cache.
-        logprobs: Per new token, natural log-probabilities by token id, the chosen one first.
-        certified_deviation: Per new token, a bound on how far its logits are from those of the
-            full cache on the same tokens: RMS over the vocabulary, largest up to that token. None
-            without a certificate.
-        certified_top1: Per new token, whether the full cache provably has the same most probable
-            token. None without a certificate.
-        error: What went wrong, for ``finish_reason`` "error".
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    prompt_token_ids: list[int]
-    seed: int
-    kv_kept_fraction: float = 1.0
-    logprobs: list[dict[int, float]] | None = None
-    certified_deviation: list[float] | None = None
-    certified_top1: list[bool] | None = None
-    error: str | None = None
+Prompt = str | Rows[int]
 
 
 class LLM:
@@ -99,15 +68,17 @@ class LLM:
             self.policy,
             policy_stats(self.bundle, self.policy),
             make_ledger(self.bundle, self.model, self.engine_config),
-            () if isinstance(path, Bundle) else path.stop_token_ids,
+            end_tokens(self.bundle),
         )
 
     @torch.inference_mode()
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: str | Rows[Prompt],
+        params: SamplingParams | Rows[SamplingParams] | None = None,
         *,
+        kv_compression: bool = True,
+        cache_salt: str = "",
         progress: bool | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt, many at a time.
@@ -116,18 +87,22 @@ class LLM:
             prompts: Texts or token ids; one text alone counts as a list of one.
             params: For all prompts, or one for each; the defaults when absent. ``max_tokens``
                 beyond the context ends with finish reason "length".
+            kv_compression: False keeps these caches whole.
+            cache_salt: Only requests with the same salt share cached prefixes.
             progress: Show a progress bar; by default only on a terminal.
 
         Returns:
             One output per prompt, in order.
 
         Raises:
-            DataError: for a prompt that is empty, too long, foreign to the tokenizer or too large
-                for the pool; then nothing is generated.
+            DataError: for no prompt, or one that is empty, too long, foreign to the tokenizer or
+                too large for the pool; then nothing is generated.
             ConfigError: if the number of parameters differs from that of the prompts.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if isinstance(params, Sequence):
+        if not texts:
+            raise DataError("there is no prompt: expected at least one; add it")
+        if isinstance(params, Rows):
             settings = list(params)
         else:
             settings = [params or SamplingParams()] * len(texts)
@@ -136,16 +111,21 @@ class LLM:
                 f"{len(settings)} sampling parameters for {len(texts)} prompts: "
                 "expected one for each, or one for all"
             )
-        live: list[engine_request.Sequence] = []
+        prepared = [
+            self.core.prepare(
+                self.encode(text), one, compress=kv_compression, cache_salt=cache_salt
+            )
+            for text, one in zip(texts, settings, strict=True)
+        ]
+        sequences = list(itertools.chain.from_iterable(prepared))
         try:
-            for text, one in zip(texts, settings, strict=True):
-                live.append(self.core.add(self.encode(text), one))
-            self._run(live, progress)
+            for choices in prepared:
+                self.core.submit(choices)
+            pieces = self._run(prepared, progress)
         finally:
-            for sequence in live:
-                if sequence.finish_reason is None:
-                    self.core.abort(sequence.request.request_id)
-        return [self._output(sequence) for sequence in live]
+            for sequence in sequences:
+                self.core.finish(sequence, "abort")
+        return [RequestOutput.joined(part) for part in pieces]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; ids stay as they are."""
@@ -153,46 +133,50 @@ class LLM:
             return self.tokenizer.encode(prompt).tolist()
         return [token.item() if hasattr(token, "item") else token for token in prompt]
 
-    def _run(self, live: list[engine_request.Sequence], progress: bool | None) -> None:
-        total = sum(_work(sequence, whole=True) for sequence in live)
+    def reader(self, sequence: Sequence) -> Reader:
+        """Return what reads the news of one of the engine's sequences."""
+        return Reader(sequence, is_proved=self.core.ledger is not None)
+
+    def writer(self, sequences: Rows[Sequence]) -> Writer:
+        """Return what writes the text of all choices of a prompt."""
+        return Writer(self.tokenizer, [sequence.request for sequence in sequences])
+
+    def _run(
+        self, prepared: list[list[Sequence]], progress: bool | None
+    ) -> list[list[RequestOutput]]:
+        """Run to the end and return the pieces of each prompt's output."""
+        pieces: list[list[RequestOutput]] = [[] for _ in prepared]
+        writers = [self.writer(choices) for choices in prepared]
+        readers = {
+            sequence: (self.reader(sequence), index)
+            for index, choices in enumerate(prepared)
+            for sequence in choices
+        }
+        total = sum(_work(sequence, whole=True) for sequence in readers)
         with progress_bar("generate", total, progress) as advance:
             while self.core.has_work:
                 for sequence in self.core.step():
-                    self._check_stop(sequence)
-                advance(sum(_work(sequence) for sequence in live))
+                    if sequence not in readers:
+                        continue
+                    reader, index = readers[sequence]
+                    piece = writers[index].write(reader.read())
+                    if piece is not None:
+                        pieces[index].append(piece)
+                        self._stop(sequence, piece)
+                advance(sum(_work(sequence) for sequence in readers))
+        return pieces
 
-    def _check_stop(self, sequence: engine_request.Sequence) -> None:
-        if sequence.finish_reason is None and sequence.request.params.stop:
-            text = self.tokenizer.decode(sequence.output)
-            if any(stop in text for stop in sequence.request.params.stop):
-                self.core.abort(sequence.request.request_id, "stop")
-
-    def _output(self, sequence: engine_request.Sequence) -> RequestOutput:
-        params, tokens = sequence.request.params, sequence.output
-        ends_in_stop_token = bool(tokens) and tokens[-1] in sequence.request.stop_ids
-        text = self.tokenizer.decode(tokens[:-1] if ends_in_stop_token else tokens)
-        cuts = [text.index(stop) for stop in params.stop if stop in text]
-        reason = sequence.finish_reason or "abort"
-        is_tracked = self.core.ledger is not None
-        return RequestOutput(
-            text=text[: min(cuts)] if cuts else text,
-            token_ids=tokens,
-            finish_reason="stop" if cuts and reason == "length" else reason,
-            prompt_token_ids=list(sequence.request.prompt),
-            seed=sequence.request.seed,
-            kv_kept_fraction=sequence.kept_fraction,
-            logprobs=sequence.logprobs if params.logprobs is not None else None,
-            certified_deviation=sequence.deviations[: len(tokens)] if is_tracked else None,
-            certified_top1=sequence.keeps_top1[: len(tokens)] if is_tracked else None,
-            error=sequence.error,
-        )
+    def _stop(self, sequence: Sequence, piece: RequestOutput) -> None:
+        """Tell the engine of a stop string, which only the text shows."""
+        if piece.finish_reason is not None:
+            self.core.finish(sequence, piece.finish_reason)
 
 
-def _work(sequence: engine_request.Sequence, *, whole: bool = False) -> int:
+def _work(sequence: Sequence, *, whole: bool = False) -> int:
     """Return the tokens generated; a request that stopped early counts as complete."""
     if whole or sequence.finish_reason is not None:
         return sequence.request.max_total - len(sequence.request.prompt)
-    return len(sequence.output)
+    return sequence.num_output
 
 
 def require_tokenizer(bundle: Served) -> Tokenizer:
@@ -207,7 +191,16 @@ def require_tokenizer(bundle: Served) -> Tokenizer:
             f"{bundle.path}: a {bundle.kind} cannot generate text; expected a transformer with a "
             "tokenizer"
         )
-    return bundle.tokenizer
+    # A checkpoint's tokenizer is not saved by us; all else is as the protocol says.
+    return cast(Tokenizer, bundle.tokenizer)
+
+
+def end_tokens(served: Served) -> tuple[int, ...]:
+    """Return the tokens that end a text of this model."""
+    if not isinstance(served, Bundle):
+        return tuple(served.stop_token_ids)
+    end = require_tokenizer(served).document_end
+    return () if end is None else (end,)
 
 
 def cast_model(
@@ -252,7 +245,9 @@ def make_ledger(
     Raises:
         CertificateError: for a void certificate.
     """
-    if not config.certificate or bundle.certificate is None or isinstance(model, Decoder):
+    if not isinstance(bundle, Bundle) or isinstance(model, Decoder):
+        return None
+    if not config.certificate or bundle.certificate is None:
         return None
     stored, served = bundle.model.embedding.weight.dtype, model.embedding.weight.dtype
     if torch.promote_types(stored, served) != served:

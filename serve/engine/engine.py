@@ -9,7 +9,7 @@ settings and threads.
 
 import itertools
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from collections.abc import Sequence as Rows
 
 import torch
@@ -19,8 +19,9 @@ from common.errors import DataError
 from common.models import LipschitzTransformer
 from serve.decoder import Decoder, as_decoder
 from serve.engine.admission import Admission
-from serve.engine.blocks import BlockManager, BlockPlan
+from serve.engine.blocks import BlockManager
 from serve.engine.certified import DeviationTracker
+from serve.engine.compactor import Compactor
 from serve.engine.companions import Companion, Companions
 from serve.engine.config import EngineConfig
 from serve.engine.evidence import Evidence
@@ -80,6 +81,7 @@ class EngineCore:
         self.runner = Runner(
             decoder, blocks.num_blocks, blocks.block_size, config.backend, self.companions
         )
+        self.compactor = Compactor(self.scheduler, self.runner, policy, self.stats)
         self.sampler = Sampler()
         self._live: dict[str, list[Sequence]] = {}
         self._names = itertools.count()
@@ -117,7 +119,23 @@ class EngineCore:
         compress: bool = True,
         cache_salt: str = "",
     ) -> list[Sequence]:
-        """Queue a request with all of its choices; those after the first share its prompt's cache.
+        """Queue a request with all of its choices; see ``prepare`` and ``submit``."""
+        sequences = self.prepare(
+            prompt, params, request_id=request_id, compress=compress, cache_salt=cache_salt
+        )
+        self.submit(sequences)
+        return sequences
+
+    def prepare(
+        self,
+        prompt: Rows[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        compress: bool = True,
+        cache_salt: str = "",
+    ) -> list[Sequence]:
+        """Check a request and return its choices without queueing them; any thread may call it.
 
         Args:
             prompt: Token ids.
@@ -127,7 +145,7 @@ class EngineCore:
             cache_salt: Only requests with the same salt share cached prefixes.
 
         Returns:
-            The live state of each choice; finished when ``finish_reason`` is set.
+            The state of each choice; finished when ``finish_reason`` is set.
 
         Raises:
             DataError: if the prompt is empty, foreign to the vocabulary, leaves no room in the
@@ -135,17 +153,25 @@ class EngineCore:
             ConfigError: for parameters that name tokens outside the vocabulary.
         """
         name = request_id if request_id is not None else f"request-{next(self._names)}"
-        if name in self._live:
-            raise DataError(f"request id {name!r} is in use; choose another")
         requests = self.admission.requests(
             name, prompt, params, compress=compress, cache_salt=cache_salt
         )
         self.scheduler.check_fits(requests[0])
-        sequences = [Sequence.start(request) for request in requests]
+        return [Sequence.start(request) for request in requests]
+
+    def submit(self, sequences: Rows[Sequence]) -> None:
+        """Queue the choices of one request; those after the first share its prompt's cache.
+
+        Raises:
+            DataError: if a live request has the same name.
+        """
+        leader = sequences[0]
+        name = leader.request.request_id
+        if name in self._live:
+            raise DataError(f"request id {name!r} is in use; choose another")
         for sequence in sequences:
-            self.scheduler.add(sequence, None if sequence is sequences[0] else sequences[0])
+            self.scheduler.add(sequence, None if sequence is leader else leader)
         self._live[name] = list(sequences)
-        return sequences
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End all choices of a live request and free their blocks; unknown names are ignored."""
@@ -197,7 +223,7 @@ class EngineCore:
         sequences = [items[index].sequence for index in ready]
         if ready:
             self._append(sequences, logits if len(ready) == len(items) else logits[ready])
-        self._compact(self.scheduler.due(items))
+        self.compactor.compact(self.scheduler.due(items))
         return sequences
 
     def _fail(self, items: list[Item], error: Exception) -> list[Sequence]:
@@ -260,40 +286,6 @@ class EngineCore:
             sequence.logprobs.append(choice.logprobs)
         if sequence.finish_reason is not None:
             self.finish(sequence, sequence.finish_reason)
-
-    def _compact(self, due: list[Sequence]) -> None:
-        for group in self._compaction_groups(due):
-            blocks, rows = self.scheduler.blocks, list[tuple[Sequence, BlockPlan]]()
-            for sequence in group:
-                assert sequence.request.compaction is not None
-                budget = sequence.request.compaction.budget
-                if rows and blocks.fresh_needed(sequence.block_table, budget) > blocks.num_free:
-                    # Those before it give up what they shared with it.
-                    self._move(rows)
-                    rows = []
-                rows.append((sequence, blocks.plan_compaction(sequence.block_table, budget)))
-            self._move(rows)
-
-    def _compaction_groups(self, due: list[Sequence]) -> Iterator[list[Sequence]]:
-        if self.config.deterministic:
-            yield from ([sequence] for sequence in due)
-            return
-        # The ledger follows a group as a whole or not at all.
-        for is_certified in (True, False):
-            group = [s for s in due if s.request.params.certified == is_certified]
-            if group:
-                yield group
-
-    def _move(self, rows: list[tuple[Sequence, BlockPlan]]) -> None:
-        assert self.policy is not None
-        try:
-            self.runner.compact(rows, self.policy, self.stats)
-        except BaseException:
-            for _, plan in rows:
-                self.scheduler.blocks.cancel_compaction(plan)
-            raise
-        for sequence, plan in rows:
-            self.scheduler.compacted(sequence, plan)
 
 
 def _is_scored(item: Item) -> bool:

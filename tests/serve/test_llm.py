@@ -79,7 +79,6 @@ def test_generate_accepts_tokens_and_parameters_for_each_prompt(bundle: Bundle) 
     assert [len(o.token_ids) for o in by_text] == [4, 5, 6, 7]
     assert by_text[0].logprobs is None
     assert [next(iter(row)) for row in by_text[2].logprobs] == by_text[2].token_ids
-    assert llm.generate([]) == []
 
 
 def test_generate_stops_at_a_string_across_tokens(bundle: Bundle) -> None:
