@@ -10,6 +10,7 @@ registry (``dispatch.py``). What the cache has to know is read off the model (``
 import hashlib
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,8 @@ from common.errors import ConfigError
 from serve.decoder import Attend, Decoder
 from serve.hugging_face.dispatch import NAME, hooked, register
 from serve.hugging_face.probe import probe
+
+HASHES_AT_ONCE = 8
 
 
 class HuggingFaceDecoder(Decoder):
@@ -63,10 +66,10 @@ class HuggingFaceDecoder(Decoder):
         """SHA-256 of configuration, dtype and weights."""
         config = {**self._model.config.to_dict(), "dtype": str(self.dtype)}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in self._model.state_dict().items():
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            digest.update(name.encode() + str(tensor.dtype).encode())
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        state = self._model.state_dict()
+        with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
+            for name, sha256 in zip(state, pool.map(_sha256, state.values()), strict=True):
+                digest.update(name.encode() + sha256)
         return digest.hexdigest()
 
     def forward(
@@ -90,3 +93,8 @@ class HuggingFaceDecoder(Decoder):
             )
         logits_NV = output.logits[0]
         return logits_NV if wanted or last_M is None else logits_NV[last_M]
+
+
+def _sha256(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).digest()
