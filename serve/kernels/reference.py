@@ -24,10 +24,19 @@ def gather_pages(pool: Tensor, tables_RN: Tensor) -> Tensor:
     Returns:
         (R, K, N * block_size, ...) of the pool's dtype.
     """
-    rows, width = tables_RN.shape
-    _, heads, block_size, *rest = pool.shape
+    return take_pages(pool, page_index(tables_RN, pool.shape[1]))
+
+
+def page_index(tables_RN: Tensor, heads: int) -> Tensor:
+    """Return the index (R, K, N) of every page in a pool flattened over blocks and heads."""
     head_K1 = torch.arange(heads, device=tables_RN.device)[:, None]
-    index_RKN = tables_RN.long().clamp(min=0)[:, None] * heads + head_K1
+    return tables_RN.long().clamp(min=0)[:, None] * heads + head_K1
+
+
+def take_pages(pool: Tensor, index_RKN: Tensor) -> Tensor:
+    """Copy pages into one dense tensor (R, K, N * block_size, ...)."""
+    rows, heads, width = index_RKN.shape
+    _, _, block_size, *rest = pool.shape
     # One row per (block, head) turns the gather into plain memory copies.
     pages = pool.view(-1, block_size, *rest).index_select(0, index_RKN.flatten())
     return pages.view(rows, heads, width * block_size, *rest)
