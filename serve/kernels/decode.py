@@ -158,63 +158,85 @@ def paged_decode(
     Raises:
         ShapeError: if a pool is not contiguous, or a CPU table points outside it.
     """
-    _, kv_heads, block_size, width = k_pool.shape
-    rows, heads, _ = q_RHD.shape
+    rows, heads, width = q_RHD.shape
     q_RHD, tables, lengths = q_RHD.contiguous(), int32(tables_RN), int32(lengths_RK)
     positions_R = positions_R.contiguous()
-    bias_HT = q_RHD if bias_HT is None else bias_HT.contiguous()
+    bias = q_RHD if bias_HT is None else bias_HT.contiguous()
     check_storage(k_pool, q=q_RHD, k_pool=k_pool, v_pool=v_pool, pos_pool=pos_pool)
-    check_storage(k_pool, tables=tables, lengths=lengths, positions=positions_R, bias=bias_HT)
+    check_storage(k_pool, tables=tables, lengths=lengths, positions=positions_R, bias=bias)
     check_tables(k_pool, tables, lengths)
+    slots = tables.shape[1] * k_pool.shape[2]
+    device = k_pool.device
+    splits = tuning_for(device).splits(slots, rows * k_pool.shape[1], processors(device))
+    o_RHPD = q_RHD.new_empty(
+        rows, heads, splits, width, dtype=q_RHD.dtype if splits == 1 else torch.float32
+    )
+    lse_RHP = q_RHD.new_empty(rows, heads, splits, dtype=torch.float32)
+    cache = (k_pool, v_pool, pos_pool, tables, lengths)
+    masks = (bias_HT is not None, window)
+    _attend(q_RHD, cache, positions_R, scale, bias, masks, o_RHPD, lse_RHP)
+    return _combine(o_RHPD, lse_RHP, q_RHD.dtype)
+
+
+def _attend(
+    q_RHD: Tensor,
+    cache: tuple[Tensor, ...],
+    positions_R: Tensor,
+    scale: float,
+    bias: Tensor,
+    masks: tuple[bool, int | None],
+    o_RHPD: Tensor,
+    lse_RHP: Tensor,
+) -> None:
+    """Fill the outputs and log-sum-exps of all splits."""
+    k_pool, _, _, tables, lengths = cache
+    _, kv_heads, block_size, width = k_pool.shape
+    rows, heads, splits = lse_RHP.shape
+    has_bias, window = masks
     tuning = tuning_for(k_pool.device)
-    slots = tables.shape[1] * block_size
-    splits = tuning.splits(slots, rows * kv_heads, processors(k_pool.device))
-    o_RHD = torch.empty_like(q_RHD)
-    lse_RH = q_RHD.new_empty(rows, heads, dtype=torch.float32)
-    parts, part_lse = o_RHD, lse_RH
-    if splits > 1:
-        parts = q_RHD.new_empty(rows, heads, splits, width, dtype=torch.float32)
-        part_lse = q_RHD.new_empty(rows, heads, splits, dtype=torch.float32)
-    width_padded = max(16, triton.next_power_of_2(width))
     _decode_kernel[(rows, kv_heads, splits)](
         q_RHD,
-        k_pool,
-        v_pool,
-        pos_pool,
-        tables,
-        lengths,
+        *cache,
         positions_R,
-        bias_HT,
-        parts,
-        part_lse,
+        bias,
+        o_RHPD,
+        lse_RHP,
         scale,
         window or 0,
         tables.stride(0),
         lengths.shape[1],
         int(lengths.shape[1] > 1),
-        bias_HT.shape[-1],
+        bias.shape[-1],
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         GROUP_PADDED=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_SIZE=block_size,
         WIDTH=width,
-        WIDTH_PADDED=width_padded,
+        WIDTH_PADDED=max(16, triton.next_power_of_2(width)),
         TILE=tuning.tile(width, k_pool.element_size()),
-        HAS_BIAS=bias_HT is not q_RHD,
+        HAS_BIAS=has_bias,
         HAS_WINDOW=window is not None,
         UPCAST=INTERPRETED,
         **tuning.options(width, stages=True),
     )
-    if splits > 1:
-        _combine_kernel[(rows * heads,)](
-            parts,
-            part_lse,
-            o_RHD,
-            lse_RH,
-            splits,
-            WIDTH=width,
-            WIDTH_PADDED=width_padded,
-            SPLITS_PADDED=triton.next_power_of_2(splits),
-            **tuning.options(width),
-        )
+
+
+def _combine(o_RHPD: Tensor, lse_RHP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp over all splits."""
+    rows, heads, splits, width = o_RHPD.shape
+    if splits == 1:
+        return o_RHPD[:, :, 0], lse_RHP[:, :, 0]
+    o_RHD = o_RHPD.new_empty(rows, heads, width, dtype=dtype)
+    lse_RH = lse_RHP.new_empty(rows, heads)
+    _combine_kernel[(rows * heads,)](
+        o_RHPD,
+        lse_RHP,
+        o_RHD,
+        lse_RH,
+        splits,
+        WIDTH=width,
+        WIDTH_PADDED=triton.next_power_of_2(width),
+        SPLITS_PADDED=triton.next_power_of_2(splits),
+        **tuning_for(o_RHPD.device).options(width),
+    )
     return o_RHD, lse_RH

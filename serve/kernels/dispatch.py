@@ -10,6 +10,7 @@ when one of its kernels is about to run.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from serve.kernels import contract, reference, reference_decode
@@ -56,11 +57,13 @@ def score_keys(
     contract.check_rows(k_pool, tables_RN, lengths_RK, u_RHD)
     bands = k_pool.shape[3] // 2 if bands is None else bands
     contract.check_bands(bands, tuple(e_RHE.shape), u_RHD)
+    arguments = (k_pool, tables_RN, lengths_RK, u_RHD, e_RHE, bands, interleaved)
     if use_triton(backend, k_pool):
         from serve.kernels import score
 
-        return score.score_keys(k_pool, tables_RN, lengths_RK, u_RHD, e_RHE, bands, interleaved)
-    return reference.score_keys(k_pool, tables_RN, lengths_RK, u_RHD, e_RHE, bands, interleaved)
+        with torch.cuda.device_of(k_pool):
+            return score.score_keys(*arguments)
+    return reference.score_keys(*arguments)
 
 
 def select_slots(
@@ -86,7 +89,8 @@ def select_slots(
     if use_triton(backend, scores_RKS):
         from serve.kernels import select
 
-        return select.select_slots(scores_RKS, positions_RKS, budget)
+        with torch.cuda.device_of(scores_RKS):
+            return select.select_slots(scores_RKS, positions_RKS, budget)
     return reference.select_slots(scores_RKS, positions_RKS, budget)
 
 
@@ -123,7 +127,8 @@ def compact_kv(
     if use_triton(backend, pools[0]):
         from serve.kernels import compact
 
-        compact.compact_kv(pools, src_tables_RN, keep_RKS, dst_tables_RN)
+        with torch.cuda.device_of(pools[0]):
+            compact.compact_kv(pools, src_tables_RN, keep_RKS, dst_tables_RN)
     else:
         reference.compact_kv(pools, src_tables_RN, keep_RKS, dst_tables_RN)
 
@@ -175,7 +180,8 @@ def paged_decode(
     if use_triton(backend, k_pool):
         from serve.kernels import decode
 
-        return decode.paged_decode(q_RHD, *cache, scale, bias_HT, window)
+        with torch.cuda.device_of(k_pool):
+            return decode.paged_decode(q_RHD, *cache, scale, bias_HT, window)
     return reference_decode.paged_decode(q_RHD, *cache, scale, bias_HT, window)
 
 
@@ -224,5 +230,6 @@ def rope_write(
     if use_triton(backend, k_pool):
         from serve.kernels import rope
 
-        return rope.rope_write(*arguments)
+        with torch.cuda.device_of(k_pool):
+            return rope.rope_write(*arguments)
     return reference.rope_write(*arguments)
