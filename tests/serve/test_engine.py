@@ -86,7 +86,7 @@ class DenseCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.kept: dict[int, Tensor] = {}
-        self.pinned = policy.sinks
+        self.pinned, self.trigger = policy.sinks, policy.budget + policy.interval
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from the T newest tokens to all tokens not hidden, causally."""
@@ -135,14 +135,25 @@ class DenseCache:
             self.pinned = max(self.pinned, len(prompt))
         with torch.no_grad():
             for _ in range(params.max_tokens):
-                positions = torch.arange(len(tokens) - len(fresh), len(tokens))[None]
-                logits = self.model(torch.tensor(fresh)[None], positions, self.attend)
+                while fresh:
+                    room = len(fresh)
+                    if self.policy.compress_prefill:
+                        room = min(room, self.trigger - self.alive)
+                    start = len(tokens) - len(fresh)
+                    positions = torch.arange(start, start + room)[None]
+                    logits = self.model(torch.tensor(fresh[:room])[None], positions, self.attend)
+                    fresh = fresh[room:]
+                    if self.alive >= self.trigger:
+                        self.evict()
                 rows.append(logits[0, -1])
                 fresh = [next_token(rows[-1], params, len(tokens))]
                 tokens += fresh
-                if int(self.kept[0][0].sum()) >= self.policy.budget + self.policy.interval:
-                    self.evict()
         return tokens[len(prompt) :], rows
+
+    @property
+    def alive(self) -> int:
+        """Slots not hidden, the same in every layer and head."""
+        return int(self.kept[0][0].sum()) if self.kept else 0
 
 
 def compare(sequence: Sequence, seen: dict, expected: tuple[list, list], tolerance: float) -> None:
@@ -192,12 +203,14 @@ def test_step_equals_recomputation_in_float32(tiny: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("kind", [WindowPolicy, FirstComponentPolicy])
 @pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("compress_prefill", [False, True])
 def test_step_under_eviction_equals_masked_dense_attention(
-    tiny: SimpleNamespace, kind: type[Policy], block_size: int
+    tiny: SimpleNamespace, kind: type[Policy], block_size: int, compress_prefill: bool
 ) -> None:
     """Oracle O2: all keys kept, evicted ones masked per layer and head; many compactions."""
-    policy = kind(budget=13, interval=5, sinks=2, window=3)
-    core = EngineCore(tiny.model, EngineConfig(block_size=block_size, debug=True), policy)
+    policy = kind(budget=13, interval=5, sinks=2, window=3, compress_prefill=compress_prefill)
+    config = EngineConfig(block_size=block_size, max_num_batched_tokens=24, debug=True)
+    core = EngineCore(tiny.model, config, policy)
     seen = record_logits(core)
     params = SamplingParams(seed=1, max_tokens=36)
     sequences = [core.add(prompt, params) for prompt in tiny.make_prompts([3, 17, 18, 19, 50])]
