@@ -12,9 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from common.bundle import Bundle, load_bundle
 from common.config import build, one_of
-from common.corpus import Corpus, prepare_corpus
 from common.device import resolve_device
 from common.errors import BundleError, DataError
 from common.files import write_json
@@ -26,7 +24,9 @@ from serve.engine.sampling_params import SamplingParams
 from serve.evaluate import KvScore, frontier, with_budget
 from serve.kv import POLICIES, FullPolicy, Policy
 from serve.llm import LLM, RequestOutput, policy_stats, progress_bar
+from serve.loading import Served, load_served
 from serve.settings import GenerateConfig
+from serve.texts import Text, served_text
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
     """Continue prompts with the bundle that ``cfg.bundle`` names.
 
     Args:
-        cfg: Keys ``bundle``, ``data``, ``kv``, ``sampling``, ``engine``, ``generate``,
-            ``logger``, ``device``.
+        cfg: Keys ``bundle``, ``kv_stats``, ``data``, ``kv``, ``sampling``, ``engine``,
+            ``generate``, ``logger``, ``device``.
         run: Where to write ``samples.json`` (texts; per new token of the compressed cache the
             certified deviation and whether it is proved) and ``kv_frontier.json``.
 
@@ -60,7 +60,9 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
     policy: Policy = build(cfg.kv)
     params: SamplingParams = build(cfg.sampling)
     engine: EngineConfig = build(cfg.engine)
-    bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
+    bundle = load_served(
+        cfg.bundle, device=resolve_device(cfg.device), dtype=engine.dtype, stats=cfg.kv_stats
+    )
     compressed = LLM(bundle, kv=policy, engine=engine)
     corpus = _corpus(cfg, bundle, settings)
     prompts = _prompts(settings, compressed, corpus)
@@ -88,13 +90,13 @@ def _track(config: LoggerConfig, metrics: dict[str, float], run: Run) -> None:
         record(config, run, {0: metrics})
 
 
-def _corpus(cfg: DictConfig, bundle: Bundle, settings: GenerateConfig) -> Corpus | None:
+def _corpus(cfg: DictConfig, bundle: Served, settings: GenerateConfig) -> Text | None:
     """Prepare held-out text; optional where the user brought the prompts."""
     has_prompts = bool(settings.prompts or settings.prompt_file)
     if has_prompts and not settings.eval_windows:
         return None
     try:
-        return prepare_corpus(build(cfg.data), bundle.tokenizer)
+        return served_text(build(cfg.data), bundle)
     except DataError as error:
         # The default text is program code: a model of other characters cannot read it.
         is_foreign = cfg.data.source == "stdlib" and getattr(bundle.tokenizer, "kind", "") == "char"
@@ -105,14 +107,14 @@ def _corpus(cfg: DictConfig, bundle: Bundle, settings: GenerateConfig) -> Corpus
         return None
 
 
-def _prompts(settings: GenerateConfig, llm: LLM, corpus: Corpus | None) -> list[str]:
+def _prompts(settings: GenerateConfig, llm: LLM, corpus: Text | None) -> list[str]:
     if settings.prompts:
         return list(settings.prompts)
     if settings.prompt_file is not None:
         return _read_prompts(Path(settings.prompt_file).expanduser())
     if corpus is None:
         return [NO_TEXT_PROMPT]
-    length = min(settings.prompt_tokens, max(1, llm.bundle.config.context // 2))
+    length = min(settings.prompt_tokens, max(1, llm.core.decoder.context // 2))
     windows_NT = corpus.windows("val", length, settings.num_prompts)[:, :-1]
     texts = [llm.tokenizer.decode(row_T.tolist()) for row_T in windows_NT]
     # A window may begin inside a character: what is left of it is no text.
@@ -155,12 +157,12 @@ def _sample(prompt: str, full: RequestOutput, compressed: RequestOutput) -> dict
 
 
 def _compare(
-    settings: GenerateConfig, llm: LLM, corpus: Corpus | None, engine: EngineConfig
+    settings: GenerateConfig, llm: LLM, corpus: Text | None, engine: EngineConfig
 ) -> list[KvScore]:
     """Score the configured policy first, then the full cache and the frontier."""
     if corpus is None or not settings.eval_windows:
         return []
-    length = min(settings.eval_tokens, llm.bundle.config.context)
+    length = min(settings.eval_tokens, llm.core.decoder.context)
     tokens_NT = corpus.windows("val", length, settings.eval_windows)[:, :-1]
     others = _frontier_policies(settings, llm, tokens_NT)
     policies = list(dict.fromkeys([llm.policy or FullPolicy(), *others]))

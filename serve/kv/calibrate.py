@@ -34,19 +34,24 @@ class CalibrateConfig:
     Attributes:
         tokens: Number of tokens, at most; the published results are flat from 50,000 on.
         batch: Windows per forward pass.
+        length: Tokens per window, at most; the context where that is shorter.
         split: Part of the corpus.
         skip: First positions of each window that are left out (they are outliers).
+        reference: Statistics file of the published code to import in the place of reading text.
     """
 
     tokens: int = 100_000
     batch: int = 16
+    length: int = 2048
     split: Literal["train", "val"] = "train"
     skip: int = 4
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         positive("calibrate.tokens", self.tokens)
         positive("calibrate.batch", self.batch)
+        positive("calibrate.length", self.length)
         positive("calibrate.skip", self.skip, zero=True)
 
 
@@ -189,7 +194,7 @@ def layer_stats(
     Raises:
         BundleError: if statistics are missing, or shapes or RoPE frequencies disagree.
     """
-    layers = _specs(model)
+    layers = specs_of(model)
     split: list[dict[str, Tensor] | None] = [None] * len(layers)
     for index, spec in enumerate(layers):
         prefix = f"layers.{index}."
@@ -203,7 +208,8 @@ def layer_stats(
     return split
 
 
-def _specs(model: LipschitzTransformer | Decoder) -> tuple[LayerSpec, ...]:
+def specs_of(model: LipschitzTransformer | Decoder) -> tuple[LayerSpec, ...]:
+    """Return the attention of each layer."""
     if isinstance(model, Decoder):
         return model.layers
     return tuple(layer_spec(layer.attention) for layer in model.layers)
@@ -230,30 +236,13 @@ def _check_layer(prefix: str, own: Mapping[str, Tensor], spec: LayerSpec) -> Non
         )
 
 
-def resultant_lengths(stats: Mapping[str, Tensor]) -> dict[str, float]:
-    """Summarise how concentrated the queries are: |E q_f| / E|q_f|, 0 (dispersed) to 1.
-
-    Returns:
-        ``mean`` over layers, heads and bands, and ``dominant``: the mean over heads at the band
-        with the largest E|q_f|; both 0 for a model without content heads.
-    """
-    every, dominant = [], []
-    for key in (key for key in stats if key.endswith(".q_mean")):
-        abs_HF = stats[key.replace("q_mean", "q_abs")]
-        ratio_HF = stats[key].norm(dim=-1) / abs_HF.clamp(min=torch.finfo(abs_HF.dtype).tiny)
-        every.append(ratio_HF.flatten())
-        dominant.append(ratio_HF.gather(1, abs_HF.argmax(1, keepdim=True)).flatten())
-    if not every:
-        return {"mean": 0.0, "dominant": 0.0}
-    return {"mean": float(torch.cat(every).mean()), "dominant": float(torch.cat(dominant).mean())}
-
-
 def centre_cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """Return the mean over heads of the cosine between two texts' mean queries.
 
     Close to 1 when the statistics are a property of the model; 1 without content heads.
     """
-    pairs = [(v.flatten(1), second[k].flatten(1)) for k, v in first.items() if "q_mean" in k]
+    means = {k: v.flatten(1) for k, v in first.items() if k.endswith(".q_mean") and v.numel()}
+    pairs = [(v, second[k].flatten(1)) for k, v in means.items()]
     if not pairs:
         return 1.0
     return float(torch.cat([torch.cosine_similarity(a, b, dim=1) for a, b in pairs]).mean())

@@ -19,8 +19,8 @@ from serve.kv.calibrate import (
     centre_cosine,
     layer_stats,
     merge,
-    resultant_lengths,
 )
+from serve.kv.concentration import resultant_lengths
 
 EXACT = 1e-12  # float64 means of a few hundred terms of size one
 SINGLE = 1e-6  # float32 activations of size one, batched differently
