@@ -83,10 +83,18 @@ def random_keep(lengths: list[int], kv_heads: int, kept: int, seed: int = 0) -> 
     return torch.stack([torch.stack(row) for row in rows])
 
 
+def gap(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the largest difference; infinite where only one of the two is finite."""
+    if not torch.equal(got.isfinite(), want.isfinite()):
+        return math.inf
+    difference = (got.double() - want.double())[want.isfinite()].abs()
+    return float(difference.max()) if difference.numel() else 0.0
+
+
 @pytest.fixture(scope="session")
 def paged() -> SimpleNamespace:
     """Return the helpers of this file by name."""
-    return SimpleNamespace(make_cache=make_cache, slot_of=slot_of, random_keep=random_keep)
+    return SimpleNamespace(make_cache=make_cache, slot_of=slot_of, random_keep=random_keep, gap=gap)
 
 
 @pytest.fixture(scope="session")
