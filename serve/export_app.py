@@ -1,5 +1,7 @@
 """Command ``export``: write a bundle as a folder of ``transformers``."""
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from common.bundle import load_bundle
@@ -25,7 +27,7 @@ def export(cfg: DictConfig, run: Run) -> Outcome:
         LipError: for anything the user can correct.
     """
     settings: ExportConfig = build(cfg.export)
-    path = settings.path or run.directory / DEFAULT_FOLDER
+    path = Path(settings.path or run.directory / DEFAULT_FOLDER)
     missing = export_bundle(
         load_bundle(cfg.bundle),
         path,

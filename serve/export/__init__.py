@@ -3,10 +3,13 @@
 Importing this package makes ``AutoModelForCausalLM.from_pretrained`` know exported folders.
 """
 
-import contextlib
+import logging
 
+from common.errors import BackendError
 from serve.export.modeling import register
 
-# Without the library there is nothing to register with.
-with contextlib.suppress(ImportError):
+try:
     register()
+except BackendError as error:
+    # Commands that export say so; whoever loads a folder finds why it is unknown.
+    logging.getLogger(__name__).info("exported folders cannot be loaded: %s", error)

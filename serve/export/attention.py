@@ -4,7 +4,8 @@ The arithmetic is that of ``transformers``: its cache objects, its masks and whi
 function was chosen there. A relative-position bias goes into the additive mask of its layer.
 """
 
-# Legend: B batch, T query token, S cache slot, H query heads, K key/value heads, D head width.
+# Legend: B batch, T query token, S cache slot, H query heads, K key/value heads, D head width,
+# C model width.
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,24 +14,42 @@ import torch
 from torch import Tensor
 
 from common.models import LipschitzTransformer
+from common.models.layers import Attend, Attention
+from common.models.rope import rotate, rotation
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of ``transformers``: ``(module, q, k, v, mask, ...) -> (o_BTHD, p)``."""
 
 
-def describe_attention(model: LipschitzTransformer) -> None:
-    """Give every attention module the attributes that attention functions read."""
+class SharedRotation(Attention):
+    """Our attention, except that under a ``CachedAttention`` all layers share its rotation."""
+
+    def mix(
+        self, x_BTC: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
+        """Return the concatenated head outputs (B, T, H * D) before the output matrix."""
+        if not isinstance(attend, CachedAttention):
+            return super().mix(x_BTC, positions_BT, attend)
+        q_BHTD, k_BKTD, v_BKTD = self.project(x_BTC)
+        if self.query is not None:
+            cos_sin = attend.rotation(self, q_BHTD.dtype)
+            q_BHTD, k_BKTD = rotate(q_BHTD, cos_sin), rotate(k_BKTD, cos_sin)
+        return attend(self.index, q_BHTD, k_BKTD, v_BKTD).transpose(1, 2).flatten(2)
+
+
+def prepare_attention(model: LipschitzTransformer) -> None:
+    """Make a model's attention modules ready for ``CachedAttention``, in place.
+
+    They get the attributes that attention functions read, and share rotations; without that hook
+    the model does what it did.
+    """
     for layer in model.layers:
         attention: Any = layer.attention
+        # A new module would change nothing but the class, and have to take over the parameters.
+        attention.__class__ = SharedRotation
         attention.layer_idx = attention.index
         attention.num_key_value_groups = attention.layer.group
         attention.is_causal = True
-
-
-def has_bias(model: LipschitzTransformer) -> bool:
-    """Return whether any layer has a relative-position bias."""
-    attentions: list[Any] = [layer.attention for layer in model.layers]
-    return any(attention.position_bias is not None for attention in attentions)
 
 
 def slot_distance(queries: int, slots: int, past: int | Tensor, device: torch.device) -> Tensor:
@@ -69,13 +88,14 @@ def biased_mask(bias_HT: Tensor, distance_TS: Tensor, mask: Tensor | None) -> Te
 
 
 class CachedAttention:
-    """The ``attend`` hook of one forward pass.
+    """Attention of one forward pass, given to the model as its ``attend`` hook.
 
     Args:
-        model: Supplies scales and biases.
+        model: Prepared by ``prepare_attention``.
         function: Attention function.
         cache: Cache of ``transformers``, updated in place, or None.
         mask: Mask shared by all layers, or None for plain causality.
+        positions_BT: Position of each token (B or 1, T).
         distance_TS: As of ``slot_distance``; None where no layer has a bias.
         options: Keyword arguments that the attention function gets as they are.
     """
@@ -86,13 +106,24 @@ class CachedAttention:
         function: AttentionFunction,
         cache: Any,
         mask: Tensor | None,
+        positions_BT: Tensor,
         distance_TS: Tensor | None,
         options: Mapping[str, Any],
     ) -> None:
         self.attentions: list[Any] = [layer.attention for layer in model.layers]
         self.function, self.cache, self.options = function, cache, options
-        self.mask, self.distance_TS = mask, distance_TS
+        self.mask, self.positions_BT, self.distance_TS = mask, positions_BT, distance_TS
+        self.rotations: dict[int, Tensor] = {}
         self.weights: list[Tensor | None] = []
+
+    def rotation(self, attention: Attention, dtype: torch.dtype) -> Tensor:
+        """Return the rotation of this pass for the head width of a layer, computed once."""
+        width = attention.layer.head_dim
+        if width not in self.rotations:
+            # Copied to the device once, not in every pass.
+            attention.inverse_frequency = attention.inverse_frequency.to(self.positions_BT.device)
+            self.rotations[width] = rotation(self.positions_BT, attention.inverse_frequency, dtype)
+        return self.rotations[width]
 
     def __call__(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         """Append keys and values to the cache, return outputs (B, H, T, D)."""

@@ -17,7 +17,7 @@ from common.bundle_format import CERTIFICATE
 from common.errors import BundleError
 from common.models import LipschitzTransformer
 from serve.export.config import MODEL_TYPE
-from serve.export.library import require_transformers
+from serve.export.library import require_transformers, silence
 from serve.export.tokenizer import fast_tokenizer
 from serve.llm import cast_model, require_tokenizer
 
@@ -72,7 +72,7 @@ def export_bundle(
             was there is unchanged.
         BackendError: when ``transformers`` is not installed.
     """
-    require_transformers()
+    silence(require_transformers())
     require_tokenizer(bundle)
     path = Path(path).expanduser().resolve()
     _require_free(path, replace=replace)
@@ -147,7 +147,10 @@ def _write(
         # Without an end no sequence of a batch is filled up: any id will do.
         pad_token_id=tokenizer.pad_token_id or 0,
     )
-    wrapped.save_pretrained(stage)
+    # A model that has served has matrices that are parts of others, or lie column by column.
+    clone = torch.contiguous_format
+    state = {name: t.clone(memory_format=clone) for name, t in wrapped.state_dict().items()}
+    wrapped.save_pretrained(stage, state_dict=state)
     tokenizer.save_pretrained(stage)
     for file in CERTIFICATE if with_proof else ():
         files.write_bytes(stage / file, (bundle.path / file).read_bytes())
@@ -158,8 +161,8 @@ def _write(
         proof=PROOF if with_proof else NO_PROOF,
     )
     files.write_bytes(stage / README, text.encode())
-    for file in stage.iterdir():
-        file.chmod(0o644)  # weights come out readable by their owner only
+    for written in stage.iterdir():
+        written.chmod(0o644)  # weights come out readable by their owner only
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from torch import Tensor
 from common.errors import ConfigError, ShapeError
 from common.models import LipschitzTransformer
 from common.models.rope import inverse_frequencies
-from serve.export.attention import CachedAttention, describe_attention, has_bias, slot_distance
+from serve.export.attention import CachedAttention, prepare_attention, slot_distance
 from serve.export.config import MODEL_TYPE, config_class
+from serve.export.library import require_transformers
 
 
 class Wrapped:
@@ -25,6 +26,7 @@ class Wrapped:
     config: Any
     model: LipschitzTransformer
     loss_function: Any
+    is_biased: bool
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules: Any = ("Layer",)
@@ -64,22 +66,21 @@ class Wrapped:
         """
         from transformers import DynamicCache
         from transformers.modeling_outputs import CausalLMOutputWithPast
-        from transformers.modeling_utils import slice_logits_to_keep
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        x_BTC = self.model.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BTC = inputs_embeds if input_ids is None else self.model.embed(input_ids)
+        assert x_BTC is not None
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         keeps_hidden = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        attend, positions_BT = self._prepare(
-            x_BTC, attention_mask, position_ids, past_key_values, kwargs
-        )
+        attend = self._attention(x_BTC, attention_mask, position_ids, past_key_values, kwargs)
         streams = [x_BTC]
         for layer in self.model.layers:
-            x_BTC = layer(x_BTC, positions_BT, attend)
+            x_BTC = layer(x_BTC, attend=attend)
             streams += [x_BTC] if keeps_hidden else []
-        kept_BTC = slice_logits_to_keep(x_BTC, kwargs.pop("num_logits_to_keep", logits_to_keep))
+        kept = kwargs.pop("num_logits_to_keep", logits_to_keep)
+        kept_BTC = x_BTC[:, slice(-kept, None) if isinstance(kept, int) else kept]
         logits_BTV, loss = self.model.logits(kept_BTC), None
         if labels is not None:
             vocab = self.config.vocab_size
@@ -92,22 +93,24 @@ class Wrapped:
             attentions=tuple(attend.weights) if kwargs.get("output_attentions") else None,
         )
 
-    def _prepare(
+    def _attention(
         self,
         x_BTC: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Any,
         options: dict[str, Any],
-    ) -> tuple[CachedAttention, Tensor]:
-        """Return the attention hook of this pass and the positions (B or 1, T)."""
+    ) -> CachedAttention:
+        """Return the attention hook of this pass."""
         from transformers.masking_utils import create_causal_mask
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         from transformers.models.llama.modeling_llama import eager_attention_forward
 
         length, device = x_BTC.shape[1], x_BTC.device
-        past = 0 if cache is None else cache.get_seq_length()
-        self._require_context(past, length)
+        past, slots = 0, length
+        if cache is not None:
+            past, (slots, _) = cache.get_seq_length(), cache.get_mask_sizes(length, 0)
+        self._require_context(slots)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BTC,
@@ -116,24 +119,23 @@ class Wrapped:
             position_ids=position_ids,
         )
         distance_TS = None
-        if has_bias(self.model):
-            slots = length if cache is None else cache.get_mask_sizes(length, 0)[0]
+        if self.is_biased:
             distance_TS = slot_distance(length, slots, past, device)
         if position_ids is None:
             position_ids = (torch.arange(length, device=device) + past)[None]
         chosen = self.config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
         options = {"position_ids": position_ids, **options}
-        hook = CachedAttention(self.model, function, cache, mask, distance_TS, options)
-        return hook, position_ids
+        return CachedAttention(
+            self.model, function, cache, mask, position_ids, distance_TS, options
+        )
 
-    def _require_context(self, past: int | Tensor, length: int) -> None:
-        # A static cache counts on the device; reading that would wait for it.
+    def _require_context(self, slots: int) -> None:
         context = self.model.config.context
-        if isinstance(past, int) and past + length > context:
+        if slots > context:
             raise ShapeError(
-                f"sequence of {past + length} tokens: expected at most the model's context of "
-                f"{context}; shorten the prompt or lower max_new_tokens"
+                f"sequence of {slots} tokens: expected at most the model's context of {context}; "
+                "shorten the prompt or lower max_new_tokens"
             )
 
     def get_input_embeddings(self) -> Any:
@@ -173,7 +175,9 @@ def model_class() -> type[Any]:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.model = LipschitzTransformer(config.definition())
+            definition = config.definition()
+            self.is_biased = any(definition.position_bias)
+            self.model = LipschitzTransformer(definition)
             _complete(self.model)
             self.post_init()
 
@@ -190,7 +194,7 @@ def wrap(model: LipschitzTransformer) -> Any:
     config = config_class()(transformer=model.config.to_dict(), dtype=model.embedding.weight.dtype)
     with torch.device("meta"):
         wrapped = model_class()(config)
-    describe_attention(model)
+    prepare_attention(model)
     wrapped.model = model
     return wrapped.eval()
 
@@ -199,23 +203,23 @@ def register() -> None:
     """Make the Auto classes of ``transformers`` know exported folders.
 
     Raises:
-        ImportError: when ``transformers`` is not installed.
+        BackendError: when ``transformers`` is not installed, or too old.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoConfig.register(MODEL_TYPE, config_class(), exist_ok=True)
-    AutoModelForCausalLM.register(config_class(), model_class(), exist_ok=True)
+    library = require_transformers()
+    library.AutoConfig.register(MODEL_TYPE, config_class(), exist_ok=True)
+    library.AutoModelForCausalLM.register(config_class(), model_class(), exist_ok=True)
 
 
 def _complete(model: LipschitzTransformer) -> None:
     """Set what no file holds; the library builds models without memory, frequencies included."""
-    describe_attention(model)
+    prepare_attention(model)
     config = model.config
     with torch.device("cpu"):
         for index, layer in enumerate(model.layers):
             dim = config.layer(index).head_dim
             frequency_F = inverse_frequencies(dim, config.rope_theta, config.rope_dims)
-            layer.attention.inverse_frequency = frequency_F
+            attention: Any = layer.attention
+            attention.inverse_frequency = frequency_F
 
 
 def __getattr__(name: str) -> Any:

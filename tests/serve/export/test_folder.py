@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,10 +198,15 @@ def test_a_classifier_is_refused(tmp_path: Path) -> None:
 def test_without_transformers(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: an interpreter that cannot import it."""
+    """Oracle: an interpreter that cannot import it, or only an older version than needed."""
+    from serve.export import library
     from serve.export.folder import export_bundle
 
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(BackendError, match=r"lipllm\[hf\]"):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(BackendError, match=r"lipllm\[hf\]"):
+            export_bundle(bundle, tmp_path / "out")
+    monkeypatch.setattr(library, "OLDEST", (99, 1))
+    with pytest.raises(BackendError, match=r"is installed, expected 99\.1 or later"):
         export_bundle(bundle, tmp_path / "out")
     assert not (tmp_path / "out").exists()
