@@ -61,7 +61,7 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
     params: SamplingParams = build(cfg.sampling)
     engine: EngineConfig = build(cfg.engine)
     bundle = load_served(
-        cfg.bundle, device=resolve_device(cfg.device), dtype=engine.dtype, stats=cfg.kv_stats
+        cfg.bundle, device=resolve_device(cfg.device), dtype=engine.dtype, stats=cfg.get("kv_stats")
     )
     compressed = LLM(bundle, kv=policy, engine=engine)
     corpus = _corpus(cfg, bundle, settings)
