@@ -98,6 +98,39 @@ def test_generate_stops_at_a_string_across_tokens(bundle: Bundle) -> None:
     assert output.text == ByteTokenizer().decode(output.token_ids[:-1])
 
 
+def test_choices_and_prompt_logprobs_come_with_the_output(bundle: Bundle) -> None:
+    """Oracle: each choice from its own seed; flat fields are those of the first choice."""
+    llm = LLM(bundle, kv=WINDOW, engine=EngineConfig(block_size=8))
+    params = SamplingParams(temperature=0.9, seed=3, max_tokens=24, n=3, prompt_logprobs=1)
+    output, plain = llm.generate([PROMPTS[2], PROMPTS[0]], [params, PARAMS])
+    assert [completion.index for completion in output.outputs] == [0, 1, 2]
+    assert (output.text, output.token_ids) == (output.outputs[0].text, output.outputs[0].token_ids)
+    assert len({completion.text for completion in output.outputs}) == 3
+    for completion in output.outputs:
+        alone = SamplingParams(temperature=0.9, seed=completion.seed, max_tokens=24)
+        again = llm.generate(PROMPTS[2], alone, kv_compression=False)[0]
+        assert again.token_ids == completion.token_ids
+        assert completion.kv_evicted == 0
+    assert len(output.prompt_logprobs) == len(PROMPTS[2]) - 1
+    assert plain.prompt_logprobs is None
+    assert plain.outputs[0].kv_evicted > 0
+    second = llm.generate(PROMPTS[2], PARAMS)[0]
+    assert second.num_cached_tokens == 40
+    assert llm.generate(PROMPTS[2], PARAMS, cache_salt="x")[0].num_cached_tokens == 0
+
+
+def test_an_uncertified_request_skips_the_bound(bundle: Bundle) -> None:
+    """Oracle: no figures for it, the same tokens and figures for its certified neighbour."""
+    llm = LLM(bundle, kv=WINDOW)
+    bare = SamplingParams(temperature=0.9, seed=3, max_tokens=24, certified=False)
+    alone = llm.generate(PROMPTS[0], PARAMS)[0]
+    quick, proved = llm.generate([PROMPTS[0], PROMPTS[0]], [bare, PARAMS])
+    assert quick.certified_deviation is quick.certified_top1 is quick.certified_radius is None
+    assert quick.token_ids == proved.token_ids == alone.token_ids
+    assert len(proved.certified_radius) == 24
+    assert proved.certified_deviation == pytest.approx(alone.certified_deviation, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "kv", [WINDOW, TriAttentionPolicy(budget=16, interval=4, sinks=2, window=4)]
 )

@@ -16,19 +16,22 @@ DRAWS = 20_000
 FREQUENCY_TOLERANCE = 5 * 0.5 / math.sqrt(DRAWS)
 
 
-def reference(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """Filter by the textbook: sort, keep k, keep the shortest prefix that reaches top_p."""
+def reference(
+    logits: list[float], temperature: float, top_k: int, min_p: float, top_p: float
+) -> list[float]:
+    """Filter by the textbook: sort, keep k, drop the improbable, keep the shortest prefix."""
     top = max(logits)
     weights = [math.exp((z - top) / temperature) for z in logits]
     order = sorted(range(len(logits)), key=lambda i: (-weights[i], i))[: top_k or None]
+    order = [i for i in order if weights[i] >= min_p * max(weights)]
     total, mass, kept = sum(weights[i] for i in order), 0.0, []
     for i in order:
         kept.append(i)
         mass += weights[i]
         if mass >= top_p * total and top_p < 1:
             break
-    norm = sum(weights[i] for i in kept)
-    return [weights[i] / norm if i in kept else 0.0 for i in range(len(logits))]
+    norm, chosen = sum(weights[i] for i in kept), set(kept)
+    return [weights[i] / norm if i in chosen else 0.0 for i in range(len(logits))]
 
 
 def draw(logits_RV: torch.Tensor, params: SamplingParams, seeds: list[int], position: int) -> list:
@@ -40,18 +43,43 @@ def draw(logits_RV: torch.Tensor, params: SamplingParams, seeds: list[int], posi
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 1000])
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("top_p", [0.05, 0.6, 1.0])
 def test_filtered_probabilities_match_the_textbook(
-    temperature: float, top_k: int, top_p: float
+    temperature: float, top_k: int, min_p: float, top_p: float
 ) -> None:
     """Oracle: the definition in plain Python."""
     logits_RV = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)).double() * 3
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    params = SamplingParams(temperature=temperature, top_k=top_k, min_p=min_p, top_p=top_p)
     p_RV = filtered_probabilities(logits_RV, [params] * 3)
     for p_V, logits_V in zip(p_RV, logits_RV.tolist(), strict=True):
-        expected = torch.tensor(reference(logits_V, temperature, top_k, top_p), dtype=torch.float64)
-        assert torch.equal(p_V > 0, expected > 0)
-        torch.testing.assert_close(p_V, expected, atol=EXACT, rtol=0)
+        expected = reference(logits_V, temperature, top_k, min_p, top_p)
+        expected_V = torch.tensor(expected, dtype=torch.float64)
+        assert torch.equal(p_V > 0, expected_V > 0)
+        torch.testing.assert_close(p_V, expected_V, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_filters_of_a_wide_vocabulary_sort_no_more_than_they_need(spread: float) -> None:
+    """Oracle: the definition, where the mass of top-p lies within and beyond the sorted part."""
+    logits_RV = torch.randn(6, 3000, generator=torch.Generator().manual_seed(7)).double() * spread
+    kinds = [
+        {"top_p": 0.9},
+        {"top_k": 2000, "top_p": 0.99},
+        {"min_p": 0.001},
+        {"top_k": 7},
+        {},
+        {"top_p": 0.001},
+    ]
+    params = [SamplingParams(**kind) for kind in kinds]
+    p_RV = filtered_probabilities(logits_RV, params)
+    for row, (one, logits_V) in enumerate(zip(params, logits_RV.tolist(), strict=True)):
+        expected = reference(logits_V, 1.0, one.top_k, one.min_p, one.top_p)
+        expected_V = torch.tensor(expected, dtype=torch.float64)
+        assert torch.equal(p_RV[row] > 0, expected_V > 0)
+        torch.testing.assert_close(p_RV[row], expected_V, atol=EXACT, rtol=0)
+        alone_1V = filtered_probabilities(logits_RV[row : row + 1], [one])
+        assert torch.equal(alone_1V[0], p_RV[row])
 
 
 def test_filtered_probabilities_break_ties_toward_the_smaller_id() -> None:
