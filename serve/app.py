@@ -23,8 +23,9 @@ from serve.engine.config import EngineConfig
 from serve.engine.sampling_params import SamplingParams
 from serve.evaluate import KvScore, frontier, with_budget
 from serve.kv import POLICIES, FullPolicy, Policy
-from serve.llm import LLM, RequestOutput, policy_stats, progress_bar
+from serve.llm import LLM, policy_stats, progress_bar
 from serve.loading import Served, load_served
+from serve.outputs import RequestOutput
 from serve.settings import GenerateConfig
 from serve.texts import Text, served_text
 

@@ -16,7 +16,7 @@ from serve.bench.quality import held_out, measure_quality
 from serve.bench.retrieval import measure_tasks
 from serve.bench.rows import FILE, Rows
 from serve.bench.settings import BenchConfig
-from serve.engine.scheduler import EngineConfig
+from serve.engine.config import EngineConfig
 from serve.llm import make_ledger, require_tokenizer
 
 

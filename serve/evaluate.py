@@ -21,8 +21,8 @@ from common.errors import ShapeError
 from common.models import LipschitzTransformer
 from serve.causal import CausalAttention
 from serve.decoder import Decoder, as_decoder
+from serve.engine.config import EngineConfig
 from serve.engine.runner import Stats
-from serve.engine.scheduler import EngineConfig
 from serve.kv import Policy
 from serve.kv.eviction import EvictionLedger
 from serve.replay import replay

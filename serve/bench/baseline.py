@@ -12,9 +12,9 @@ from common.models import LipschitzTransformer
 from serve.bench.rows import Rows
 from serve.bench.settings import BenchConfig
 from serve.bench.speed import interleaved, random_model
+from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
-from serve.engine.request import SamplingParams
-from serve.engine.scheduler import EngineConfig
+from serve.engine.sampling_params import SamplingParams
 
 CONTEXT, PROMPT, NEW = 1024, 32, 96
 

@@ -9,8 +9,8 @@ from common.tasks import Example, Task
 from serve.bench.policies import budget_tokens, compared
 from serve.bench.rows import Rows
 from serve.bench.settings import BenchConfig
-from serve.engine.request import SamplingParams
-from serve.engine.scheduler import EngineConfig
+from serve.engine.config import EngineConfig
+from serve.engine.sampling_params import SamplingParams
 from serve.kv import Policy
 from serve.llm import LLM
 

@@ -17,10 +17,10 @@ from serve.bench.policies import budget_tokens
 from serve.bench.rows import Rows
 from serve.bench.settings import BenchConfig, SpeedModel
 from serve.decoder import as_decoder
+from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
 from serve.engine.pools import block_bytes
-from serve.engine.request import SamplingParams
-from serve.engine.scheduler import EngineConfig
+from serve.engine.sampling_params import SamplingParams
 from serve.evaluate import with_budget
 from serve.kv import POLICIES
 from serve.kv.calibrate import calibrate, layer_stats
