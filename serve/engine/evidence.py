@@ -34,21 +34,17 @@ class Evidence(Companion):
         watched = [i for i, sequence in enumerate(sequences) if sequence.request.compress]
         if not watched:
             return
-        q, positions, lse = part.q_NHD[:, None], part.positions_N[:, None], part.lse_NH
+        q, positions = part.q_NHD[:, None], part.positions_N[:, None]
         tables, lengths = part.tables_RW, part.lengths_R
         if part.chunk is not None:
             q, positions = part.q_NHD[None], part.positions_N[None]
-            lse = None if lse is None else lse[None]
-        else:
-            assert lse is not None
-            q, positions, lse = q[watched], positions[watched], lse[watched, None]
-            tables, lengths = tables[watched], lengths[watched]
+        elif len(watched) < len(sequences):
+            q, positions, tables, lengths = (x[watched] for x in (q, positions, tables, lengths))
         event = Attended(
             layer=part.layer,
             rows=self.rows([sequences[i] for i in watched]),
             q_RTHD=q,
             positions_RT=positions,
-            lse_RTH=lse,
             k_pool=part.pool.keys,
             pos_pool=part.pool.positions,
             tables_RW=tables,

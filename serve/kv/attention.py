@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serve.kernels import gather_pages
 from serve.kv.view import CacheView
 
-LARGEST = 1 << 24  # numbers of a temporary
+
+def largest_temporary(device: torch.device) -> int:
+    """Return how many numbers a temporary should have: within a CPU's cache, or many at once."""
+    return 1 << 26 if device.type == "cuda" else 1 << 20
 
 
 def received(
@@ -30,7 +34,7 @@ def received(
     Args:
         q_RTHD: Queries after RoPE.
         query_positions_RT: Their positions, -1 for none; they see keys up to their own position.
-        k_RKSD: Cached keys after RoPE, finite everywhere.
+        k_RKSD: Cached keys after RoPE, anything in unfilled slots.
         key_positions_RKS: Their original positions, -1 in unfilled slots.
         scale: Factor on the query-key product.
         bias_RHC: Relative-position bias by distance, or None.
@@ -47,7 +51,7 @@ def received(
     is_key_RKS = key_positions_RKS >= 0 if is_key_RKS is None else is_key_RKS
     group = 1 if largest_of_group else heads // kv_heads
     total = torch.zeros(rows, kv_heads, group, slots, dtype=dtype, device=k_RKSD.device)
-    for r, t in _parts(rows, queries, heads * slots):
+    for r, t in _parts(rows, queries, heads * slots, largest_temporary(k_RKSD.device)):
         logits_RKGTS = _logits(q_RTHD[r, t].to(dtype), k_RKSD[r].to(dtype), scale)
         distance_RKTS = query_positions_RT[r, None, t, None] - key_positions_RKS[r, :, None]
         if bias_RHC is not None:
@@ -61,10 +65,10 @@ def received(
     return total
 
 
-def _parts(rows: int, queries: int, size: int) -> Iterator[tuple[slice, slice]]:
+def _parts(rows: int, queries: int, size: int, most: int) -> Iterator[tuple[slice, slice]]:
     """Cut rows, and queries where one row alone is too much; a row's cuts are its own affair."""
-    per_row = max(1, min(queries, LARGEST // max(size, 1)))
-    per_part = max(1, LARGEST // max(size * per_row, 1))
+    per_row = max(1, min(queries, most // max(size, 1)))
+    per_part = max(1, most // max(size * per_row, 1))
     for r in range(0, rows, per_part):
         for t in range(0, queries, per_row):
             yield slice(r, r + per_part), slice(t, t + per_row)
@@ -105,7 +109,7 @@ def recent_attention(
     total_RKGS = received(
         view.observed["queries"],
         query_positions_RT,
-        view.keys(),
+        gather_pages(view.k_pool, view.tables_RN),
         pos_RKS,
         scale=view.spec.scale,
         bias_RHC=None if view.bias_LHT is None else view.rows_of(view.bias_LHT),

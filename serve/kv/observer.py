@@ -26,7 +26,6 @@ class Attended:
         rows: Observer row of each sequence (R).
         q_RTHD: Queries after RoPE; T is 1 for decode rows.
         positions_RT: Their original positions.
-        lse_RTH: Log-sum-exp of their logits; None for a prompt chunk over a full cache.
         k_pool: The layer's keys (blocks, K, block_size, D).
         pos_pool: Original positions (blocks, K, block_size), int32.
         tables_RW: Blocks of each sequence.
@@ -37,7 +36,6 @@ class Attended:
     rows: Sequence[int]
     q_RTHD: Tensor
     positions_RT: Tensor
-    lse_RTH: Tensor | None
     k_pool: Tensor
     pos_pool: Tensor
     tables_RW: Tensor

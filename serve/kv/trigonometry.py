@@ -12,7 +12,7 @@ OFFSET_MAX = 65536
 
 
 def query_offsets(offset_max: int | None, context: int) -> Tensor:
-    """Return the future offsets 1, 2, 4, ... up to ``offset_max`` tokens (O,), int64.
+    """Return the future offsets 1, 2, 4, ... up to ``offset_max`` tokens (O,), int64, CPU.
 
     ``None`` means the smaller of 65536 and the largest power of two within the context.
     """
@@ -66,7 +66,7 @@ def query_form(
     Returns:
         (..., R, H, 2F) float64.
     """
-    filter_F = phasors(inverse_frequency_F, offsets_O).mean(0)
+    filter_F = phasors(inverse_frequency_F, offsets_O.to(inverse_frequency_F.device)).mean(0)
     turn_R1F = (phasors(inverse_frequency_F, positions_R) * filter_F)[:, None]
     centre_1HF = torch.view_as_complex(q_mean_HF2.double().contiguous()).unsqueeze(-3)
     return as_components(centre_1HF * turn_R1F, interleaved=interleaved)

@@ -60,7 +60,6 @@ def observe(policy, decoder, view):
         rows=rows,
         q_RTHD=q,
         positions_RT=view.positions_R[:, None] - 1,
-        lse_RTH=None,
         k_pool=view.k_pool,
         pos_pool=view.pos_pool,
         tables_RW=view.tables_RN,

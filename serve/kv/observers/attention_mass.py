@@ -44,7 +44,7 @@ class AttentionMass(RowObserver):
         weights_RKGS = received(
             event.q_RTHD,
             event.positions_RT,
-            k_RKSD.masked_fill(is_empty[..., None], 0),
+            k_RKSD,
             pos_RKS.long().masked_fill(is_empty, -1),
             scale=spec.scale,
             bias_RHC=None if bias_HC is None else bias_HC.expand(len(k_RKSD), -1, -1),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.config import positive
 from serve.decoder import Decoder
-from serve.kv.attention import LARGEST
+from serve.kv.attention import largest_temporary
 from serve.kv.observers import QueryMoments
 from serve.kv.policy import Policy, register
 from serve.kv.trigonometry import phasors, turned
@@ -81,7 +81,8 @@ class ExpectedAttentionPolicy(Policy):
         if not self.use_covariance:
             return logits_RKGS
         half_RKGDD = (spec.scale**2 / 2 * covariance_RHDD).to(k_RKSD).unflatten(1, groups)
-        part = max(1, LARGEST // max(1, seen["total"].shape[1] * k_RKSD[0, 0].numel()))
+        size = max(1, seen["total"].shape[1] * k_RKSD[0, 0].numel())
+        part = max(1, largest_temporary(k_RKSD.device) // size)
         pieces = zip(k_RKSD.split(part), half_RKGDD.split(part), strict=True)
         squares = [((k[:, :, None] @ c) * k[:, :, None]).sum(-1) for k, c in pieces]
         return logits_RKGS + torch.cat(squares)

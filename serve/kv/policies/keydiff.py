@@ -27,7 +27,7 @@ class KeyDiffPolicy(Policy):
     def score(self, view: CacheView) -> Tensor:
         """Return minus the cosine with the mean direction (R, K, S), float32 at least."""
         k_RKSD = view.keys()
-        k_RKSD = k_RKSD.to(torch.promote_types(k_RKSD.dtype, torch.float32))
+        k_RKSD = F.normalize(k_RKSD.to(torch.promote_types(k_RKSD.dtype, torch.float32)), dim=-1)
         # Unfilled slots are zero and add nothing; the cosine does not depend on the length.
-        anchor_RKD = F.normalize(k_RKSD, dim=-1).sum(2)
-        return -F.cosine_similarity(k_RKSD, anchor_RKD[:, :, None], dim=-1)
+        anchor_RKD1 = F.normalize(k_RKSD.sum(2), dim=-1)[..., None]
+        return -(k_RKSD @ anchor_RKD1)[..., 0]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import within
-from serve.kv.attention import LARGEST
+from serve.kv.attention import largest_temporary
 from serve.kv.policies.snapkv import RecentQueriesPolicy
 from serve.kv.policy import register
 from serve.kv.view import CacheView
@@ -31,23 +31,39 @@ def redundancy(k_RKSD: Tensor, positions_RKS: Tensor, threshold: float) -> Tenso
     Returns:
         (R, K, S), float32 at least, sums to 1 over the filled slots; zero in the others.
     """
+    # In order of position, unfilled slots first: the newest twin is the one of largest index.
+    order_RKS = positions_RKS.argsort(dim=-1, stable=True)
     k_RKSD = k_RKSD.to(torch.promote_types(k_RKSD.dtype, torch.float32))
-    k_NSD, positions_NS = F.normalize(k_RKSD, dim=-1).flatten(0, 1), positions_RKS.flatten(0, 1)
-    # One matrix per head is quadratic in the length: few at a time.
-    part = max(1, LARGEST // max(1, k_NSD.shape[1] ** 2))
-    pairs = zip(k_NSD.split(part), positions_NS.split(part), strict=True)
-    return torch.cat([_redundancy(k, pos, threshold) for k, pos in pairs]).view(positions_RKS.shape)
+    k_RKSD = F.normalize(k_RKSD, dim=-1).gather(2, order_RKS[..., None].expand_as(k_RKSD))
+    twin_RKS, cosine_RKS = _newest_twins(k_RKSD, threshold)
+    # All cosines with one key are one product with the sum of all, its own taken out.
+    total_RKS = (k_RKSD @ k_RKSD.sum(2)[..., None])[..., 0] - k_RKSD.square().sum(-1)
+    total_RKS.scatter_add_(2, twin_RKS, -cosine_RKS)
+    total_RKS = torch.empty_like(total_RKS).scatter_(2, order_RKS, total_RKS)
+    is_filled = positions_RKS >= 0
+    mean_RKS = total_RKS / is_filled.sum(2, keepdim=True)
+    return mean_RKS.masked_fill(~is_filled, -torch.inf).softmax(-1)
 
 
-def _redundancy(k_NSD: Tensor, positions_NS: Tensor, threshold: float) -> Tensor:
-    cosine_Nij = k_NSD @ k_NSD.mT
-    cosine_Nij.diagonal(dim1=1, dim2=2).zero_()
-    is_twin = cosine_Nij > threshold
-    newest_Ni1 = positions_NS[:, None].masked_fill(~is_twin, -1).argmax(-1, keepdim=True)
-    spared = torch.zeros_like(is_twin).scatter_(2, newest_Ni1, True) & is_twin
-    is_filled = positions_NS >= 0
-    mean_Nj = cosine_Nij.masked_fill_(spared, 0).sum(1) / is_filled.sum(1, keepdim=True)
-    return mean_Nj.masked_fill(~is_filled, -torch.inf).softmax(-1)
+def _newest_twins(k_RKSD: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return each unit key's last near-duplicate and their cosine, 0 where there is none."""
+    k_NSD = k_RKSD.flatten(0, 1)
+    slots = k_NSD.shape[1]
+    index_S = torch.arange(slots, device=k_NSD.device, dtype=k_NSD.dtype)
+    most = largest_temporary(k_NSD.device)
+    heads, step = max(1, most // slots**2), max(1, min(slots, most // slots))
+    twins, cosines = [], []
+    # All pairs, a few rows of the matrix at a time.
+    for part_NSD in k_NSD.split(heads):
+        for start in range(0, slots, step):
+            cosine_Nij = part_NSD[:, start : start + step] @ part_NSD.mT
+            cosine_Nij.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
+            newest_Ni = torch.where(cosine_Nij > threshold, index_S, -1).amax(-1)
+            twin_Ni = newest_Ni.clamp(min=0).long()
+            value_Ni = cosine_Nij.gather(2, twin_Ni[..., None])[..., 0]
+            twins.append(twin_Ni.flatten())
+            cosines.append(value_Ni.masked_fill(newest_Ni < 0, 0).flatten())
+    return torch.cat(twins).view(k_RKSD.shape[:3]), torch.cat(cosines).view(k_RKSD.shape[:3])
 
 
 @register

@@ -90,7 +90,7 @@ class TriAttentionPolicy(Policy):
         Raises:
             BundleError: if the layer has content heads and no statistics.
         """
-        offsets_O = query_offsets(self.offset_max, view.context).to(view.k_pool.device)
+        offsets_O = query_offsets(self.offset_max, view.context)
         if self.aggregation == "mean":
             raw_RHS = self._logits(view, offsets_O)
             if view.bias_LHT is not None:

@@ -117,7 +117,6 @@ def observe(policy: Policy, view: CacheView, q_RWHD, positions_RW):
                 rows=rows,
                 q_RTHD=q_RWHD[part, step : step + 1],
                 positions_RT=positions_RW[part, step : step + 1],
-                lse_RTH=None,
                 k_pool=view.k_pool,
                 pos_pool=view.pos_pool,
                 tables_RW=view.tables_RN[part],

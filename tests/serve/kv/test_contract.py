@@ -88,7 +88,7 @@ def masked_dense(model: LipschitzTransformer, sequence: Sequence, kept) -> Tenso
 def setup(tiny: SimpleNamespace) -> SimpleNamespace:
     """Return the tiny model with its statistics and three requests."""
     tokens = torch.tensor(tiny.make_prompts([40] * 4, seed=7))
-    stats = layer_stats(calibrate(tiny.model, [tokens]), tiny.model.config)
+    stats = layer_stats(calibrate(tiny.model, [tokens]), tiny.model)
     prompts = tiny.make_prompts([5, 17, 33], seed=1)
     params = [
         SamplingParams(seed=seed, max_tokens=count) for seed, count in enumerate((30, 16, 12))

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from serve.kv import policy_by_name
+from serve.kv import attention, policy_by_name
+from serve.kv.policies import rkv
 from serve.kv.policies.rkv import redundancy
 
 EXACT = 1e-10  # float64, sums of a few dozen terms
@@ -184,6 +185,23 @@ def test_redundancy_spares_the_newest_duplicate(cache):
         expected = softmax(total)
         for slot in range(pos.shape[2]):
             assert abs(float(found[row, head, slot]) - expected.get(slot, 0.0)) < EXACT
+
+
+@pytest.mark.parametrize("most", [1, 100, 1500])
+def test_cutting_the_work_changes_nothing(cache, monkeypatch, most):
+    """Oracle: the same scores from temporaries without a limit."""
+    torch.manual_seed(6)
+    view = cache.make_view(cache.make_spec())
+    q, positions = recent(cache, view, 5)
+    results = []
+    for limit in (1 << 40, most):
+        for module in (attention, rkv):
+            monkeypatch.setattr(module, "largest_temporary", lambda device, limit=limit: limit)
+        for name in ("snapkv", "rkv", "h2o"):
+            policy = policy_by_name(name)
+            results.append(policy.score(cache.observe(policy, view, q, positions)))
+    for whole, cut in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(cut, whole, atol=EXACT, rtol=0)
 
 
 def test_knorm_and_keydiff(cache):
