@@ -17,6 +17,7 @@ from common.ledger import Outcome, Run
 from common.reporting import (
     bench,
     campaign,
+    concentration,
     headline,
     origin,
     proof,
@@ -105,6 +106,7 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         "certify": (proof.proof,),
         "attack": (robustness.robustness,),
         "compress": (pruning.pruning,),
+        "calibrate": (concentration.concentration,),
         "generate": (serving.cache, lambda story: serving.samples(story, settings.samples)),
         "study": (study.study,),
         "solve": (solving.solving,),
