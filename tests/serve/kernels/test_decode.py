@@ -96,7 +96,7 @@ def test_attention_does_not_depend_on_the_order_of_slots(paged):
 
 @pytest.mark.parametrize("lengths", [[37], [40], [37, 21], [[37, 30]], [3]])
 @pytest.mark.parametrize("first", [0, 2])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_reading_in_place_is_reading(paged, monkeypatch, lengths, first, dtype):
     """Oracle: the gathering path, on consecutive pages at either end of a pool with stale slots."""
     lengths = torch.tensor(lengths)
@@ -123,7 +123,7 @@ def test_reading_in_place_is_reading(paged, monkeypatch, lengths, first, dtype):
         assert paged.gap(x, y) < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_narrow_pool_gives_the_attention_of_its_rounded_content(paged, dtype):
     """Oracle: float64 on the rounded content; only the output is rounded once more."""
     k_pool, v_pool, pos_pool, tables = paged.make_cache([40, 23], width=32, dtype=dtype)

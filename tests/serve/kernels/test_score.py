@@ -91,7 +91,7 @@ def test_lengths_may_differ_by_head(paged):
             assert torch.equal(raw[row, head], alone[row, head])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_scores_of_a_narrow_pool_are_those_of_its_rounded_keys(paged, dtype):
     """Oracle: float64 on the rounded keys; the tolerance is relative to the scores' deviation."""
     lengths = torch.tensor([60, 33])
