@@ -20,18 +20,20 @@ from serve.engine.attention import Part
 from serve.engine.companions import Companion
 from serve.engine.request import Sequence
 from serve.kv.bias import BiasTable
-from serve.kv.summary import SummaryStore, map_length
+from serve.kv.summary import Clusters, map_length
+from serve.kv.summary_store import SummaryStore
 from serve.kv.view import CacheView
 
 
 @dataclass(slots=True)
 class _Group:
-    """Layers of one shape: their sums in float64, and the pseudo tokens in working precision."""
+    """Layers of one shape, and the pseudo tokens of the parts that they attend to in this step."""
 
+    layers: tuple[int, ...]
     spec: LayerSpec
     store: SummaryStore
     bias: BiasTable | None
-    tokens: tuple[Tensor, Tensor, Tensor]
+    taken: dict[int | None, Clusters]
 
 
 class Summaries(Companion):
@@ -48,77 +50,74 @@ class Summaries(Companion):
     def __init__(self, decoder: Decoder, clusters: int) -> None:
         self.device, self.clusters = decoder.device, clusters
         self.dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._groups: dict[int, tuple[_Group, int]] = {}
-        self._stores: list[_Group] = []
-        for layers in decoder.groups:
-            if decoder.layers[layers[0]].sliding_window is None:
-                group = self._group(decoder, layers)
-                self._stores.append(group)
-                self._groups |= {layer: (group, i) for i, layer in enumerate(layers)}
+        groups = [
+            self._group(decoder, layers)
+            for layers in decoder.groups
+            if decoder.layers[layers[0]].sliding_window is None
+        ]
+        self._groups = {layer: group for group in groups for layer in group.layers}
+        self._stores = [group.store for group in groups]
         self._rows: dict[Sequence, int] = {}
 
     def attended(self, part: Part, sequences: Rows[Sequence]) -> Tensor | None:
         """Return the outputs with the pseudo tokens, None where no sequence has any."""
-        if part.layer not in self._groups or part.lse_NH is None:
+        group = self._groups.get(part.layer)
+        if group is None or part.lse_NH is None:
             return None
         rows = [self._rows.get(sequence, 0) for sequence in sequences]
         if not any(rows):
             return None
-        group, index = self._groups[part.layer]
-        rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        return self._merge(group, index, rows_R, part)
+        if part.layer == group.layers[0]:
+            rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            group.taken[part.chunk] = group.store.take(rows_R)
+        taken = group.taken[part.chunk]
+        if part.layer == group.layers[-1]:
+            del group.taken[part.chunk]
+        index = group.layers.index(part.layer)
+        return self._merge(group, index, taken.rows(index * len(rows), len(rows)), part)
 
     def compacting(self, view: CacheView, sequences: Rows[Sequence], keep_RKS: Tensor) -> None:
         """Take the keys and values that are about to go into the means."""
-        found = self._groups.get(view.layers[0])
-        if found is None:
+        group = self._groups.get(view.layers[0])
+        if group is None:
             return
         for sequence in sequences:
             if sequence not in self._rows:
-                (self._rows[sequence],) = {group.store.open() for group in self._stores}
-        rows = [self._rows[sequence] for sequence in sequences]
-        found[0].store.evict(view, rows, keep_RKS)
-        found[0].tokens = self._tokens(found[0].store)
+                (self._rows[sequence],) = {store.open() for store in self._stores}
+        group.store.evict(view, [self._rows[sequence] for sequence in sequences], keep_RKS)
 
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence."""
         row = self._rows.pop(sequence, None)
         if row is not None:
-            for group in self._stores:
-                group.store.close(row)
+            for store in self._stores:
+                store.close(row)
 
-    def _merge(self, group: _Group, index: int, rows_R: Tensor, part: Part) -> Tensor:
+    def _merge(self, group: _Group, index: int, clusters: Clusters, part: Part) -> Tensor:
         """Attend to the pseudo tokens as well; exact for rows that have none."""
         assert part.lse_NH is not None
-        log_count, keys, values = (x[index, rows_R] for x in group.tokens)
-        heads = (keys.shape[1], -1)
-        q_NKGD = part.q_NHD.to(self.dtype).unflatten(1, heads)
-        if group.bias is not None:
-            layer_N = torch.full_like(part.positions_N, index)
-            gone = group.store.whole().is_gone[index, rows_R]
-            masses = group.bias.masses(layer_N, part.positions_N, gone, self.clusters)
-            log_count = masses[0].to(self.dtype)
+        heads = (group.spec.kv_heads, -1)
+        if group.bias is None:
+            log_count = clusters.log_count[:, :, None]
         else:
-            log_count = log_count[:, :, None]
-        z_NKGC = group.spec.scale * q_NKGD @ keys.mT + log_count
+            layer_N = torch.full_like(part.positions_N, index)
+            sums = group.bias.masses(layer_N, part.positions_N, clusters.is_gone, self.clusters)
+            log_count = sums[0].to(self.dtype)
+        q_NKGD = part.q_NHD.to(self.dtype).unflatten(1, heads)
+        z_NKGC = (group.spec.scale * q_NKGD) @ clusters.keys.mT + log_count
         lse_NKG1 = part.lse_NH.to(self.dtype).unflatten(1, heads)[..., None]
         weights = torch.cat((lse_NKG1, z_NKGC), dim=-1).softmax(-1)
         o_NKGD = part.o_NHD.to(self.dtype).unflatten(1, heads)
-        o_NKGD = weights[..., :1] * o_NKGD + weights[..., 1:] @ values
+        o_NKGD = weights[..., :1] * o_NKGD + weights[..., 1:] @ clusters.values
         return o_NKGD.flatten(1, 2).to(part.o_NHD.dtype)
 
-    def _group(self, decoder: Decoder, layers: Rows[int]) -> _Group:
+    def _group(self, decoder: Decoder, layers: tuple[int, ...]) -> _Group:
         specs = [decoder.layers[layer] for layer in layers]
         biases = [spec.bias_HT for spec in specs if spec.bias_HT is not None]
         positions = map_length(decoder.context, self.clusters) if biases else None
-        store = SummaryStore(len(layers), specs[0], self.clusters, self.device, positions)
+        shape = (len(layers), specs[0], self.clusters)
+        store = SummaryStore(*shape, self.device, self.dtype, positions)
         bias = None
         if positions is not None:
             bias = BiasTable.of(torch.stack(biases).to(self.device), positions)
-        return _Group(specs[0], store, bias, self._tokens(store))
-
-    def _tokens(self, store: SummaryStore) -> tuple[Tensor, Tensor, Tensor]:
-        means = store.whole()
-        fields = (means.count.log(), means.key_centre, means.value_centre)
-        log_count, keys, values = (x.to(self.dtype) for x in fields)
-        return log_count, keys, values
+        return _Group(layers, specs[0], store, bias, {})

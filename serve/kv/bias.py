@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serve.kv.summary_store import LARGEST
+
 LOG_MAX = 600.0  # exp of it is finite in float64
 FAINT = 1e-130  # mass, relative to the largest bias, below which squares lose their digits
-LARGEST = 1 << 22  # float64 numbers of a temporary
 
 
 @dataclass(frozen=True, slots=True)

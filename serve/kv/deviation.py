@@ -10,23 +10,23 @@ o_S itself, or o_S merged with mean tokens. Source: project's notes on eviction 
 below are our own.
 """
 
-# Legend: R rows, K key/value heads, H query heads, G = H / K, C clusters, D head width, L layers.
+# Legend: R rows, K key/value heads, H query heads, G = H / K, C clusters, D head width.
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serve.kv.summary import OUTWARD, Summary
+from serve.kv.summary import Clusters, outward
 
 ROUNDINGS = 8  # allowed units in the last place of outputs and log-sum-exps handed in
-LOG_MAX = 600.0  # beyond it the evicted mass is 1 to the last digit
-LOG_ROOM = 100.0  # lower ends are cut so far below it that their order cannot matter
+FEW = 32  # units in the last place that cover short sums
 
 
 @dataclass(frozen=True, slots=True)
 class Masses:
-    """What is known of the evicted keys of each cluster (R, K, G, C), float64.
+    """What is known of the evicted keys of each cluster (R, K, G, C).
 
     Attributes:
         lower: Lower bound on the logarithm of their total exp(logit), -inf for empty clusters.
@@ -40,7 +40,7 @@ class Masses:
 
 
 def cluster_masses(
-    summary: Summary,
+    clusters: Clusters,
     scale: float,
     q_RKGD: Tensor,
     bias_sums: tuple[Tensor, Tensor] | None = None,
@@ -56,35 +56,37 @@ def cluster_masses(
     inequality adds d to the tilt.
 
     Args:
-        summary: Of the rows.
+        clusters: Of the rows.
         scale: Factor on the query-key product.
-        q_RKGD: Queries after RoPE, float64.
+        q_RKGD: Queries after RoPE, in the dtype of the clusters.
         bias_sums: ``BiasTable.masses`` of the queries, None without bias.
     """
-    # An empty cluster has log 0 = -inf, which outward rounding must not touch.
-    count = summary.count[:, :, None]
-    is_empty = count <= 0
-    size = scale * q_RKGD.norm(dim=-1)[..., None]
-    middle = scale * q_RKGD @ summary.key_centre.mT
-    spread = size * summary.key_radius[:, :, None]
+    out = outward(q_RKGD.dtype)
+    q_RKGD = scale * q_RKGD
+    length_RKG1 = q_RKGD.norm(dim=-1, keepdim=True)
+    spread = length_RKG1 * clusters.key_radius[:, :, None]
+    half_square = spread.square() / 2
     # The rounding of q.c and of a centre is relative to sizes, not to a product that may cancel.
-    size = size * summary.key_centre.norm(dim=-1)[:, :, None]
+    slack = out * (1 + 2 * length_RKG1 * clusters.key_norm[:, :, None] + spread)
     tilt = 2 * (spread / 2).tanh()
+    middle = q_RKGD @ clusters.keys.mT
     if bias_sums is None:
-        lower = count.log() + middle
-        upper = lower + torch.minimum(spread, spread.square() / 2)
+        lower = middle + clusters.log_count[:, :, None]
+        upper = lower + torch.minimum(spread, half_square)
+        slack = slack + out * clusters.log_count[:, :, None].clamp(min=0)
     else:
         log_mass, squares = bias_sums
-        uneven = (count * squares * (1 + 1e-12) - 1).clamp(min=0).sqrt().masked_fill(is_empty, 0.0)
+        count = clusters.count[:, :, None]
+        uneven = (count * squares * (1 + 1e-12) - 1).clamp(min=0).sqrt()
+        uneven = uneven.masked_fill(count == 0, 0.0).to(middle.dtype)
+        slack = slack + out * log_mass.abs().nan_to_num(posinf=0.0).to(middle.dtype)
+        middle = middle + log_mass.to(middle.dtype)
         shift = spread * uneven.clamp(max=1)
-        lower = log_mass + middle - shift
-        lower = lower.masked_fill(uneven.isinf(), -torch.inf)
-        upper = log_mass + middle + torch.minimum(spread, shift + spread.square() / 2)
+        lower = (middle - shift).masked_fill(uneven.isinf(), -torch.inf)
+        upper = middle + torch.minimum(spread, shift + half_square)
         tilt = tilt + uneven
-    slack = OUTWARD * (1 + size + spread + upper.abs().nan_to_num(posinf=0.0))
-    lower = (lower - slack).masked_fill(is_empty, -torch.inf)
-    upper = (upper + slack).masked_fill(is_empty, -torch.inf)
-    return Masses(lower, upper, (tilt * (1 + OUTWARD)).clamp(max=2.0))
+    # An empty cluster has log 0 = -inf, which finite slack leaves alone.
+    return Masses(lower - slack, upper + slack, (tilt * (1 + out)).clamp(max=2.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class Attended:
     value_bound: Tensor | float = 0.0
 
 
-def head_deviation(summary: Summary, masses: Masses, attended: Attended) -> Tensor:
+def head_deviation(clusters: Clusters, masses: Masses, attended: Attended) -> Tensor:
     """Bound |o - u| of every head, o the output of full attention and u the one used.
 
     With x_c = M_c - lower_c in [0, upper_c - lower_c] and |v_c - centre_c| <= r_c, r_c the value
@@ -122,33 +124,46 @@ def head_deviation(summary: Summary, masses: Masses, attended: Attended) -> Tens
 
     With logits off by at most ``error`` (rounding that cancels), the log-sum-exp is off by as much,
     and the weights together by ``e^(2 error) - 1``, times values of norm up to ``value_bound``.
-    Kernels may round weights to the dtype of the values.
 
     Returns:
-        (R, H), float64; 0 where nothing is evicted.
+        (R, H), in the dtype of the clusters; 0 where nothing is evicted.
     """
-    lse_RKG, kept, used = (
-        x.double() for x in (attended.lse_RKG, attended.kept_RKGD, attended.used_RKGD)
-    )
-    unit = torch.finfo(attended.lse_RKG.dtype).eps
-    slack_RKG1 = (ROUNDINGS * unit * (1 + lse_RKG.abs()) + attended.error_RKG)[..., None]
-    low = (masses.lower - lse_RKG[..., None] - slack_RKG1).clamp(max=LOG_MAX - LOG_ROOM).exp()
-    high = (masses.upper - lse_RKG[..., None] + slack_RKG1).clamp(max=LOG_MAX).exp()
-    slip = summary.value_radius[:, :, None] * masses.tilt.clamp(max=1.0)
-    toward = summary.value_centre[:, :, None] - used[..., None, :]
-    gap, size = toward.norm(dim=-1), used.norm(dim=-1)
+    dtype = clusters.values.dtype
+    out, few = outward(dtype), FEW * torch.finfo(dtype).eps
+    kept, used = attended.kept_RKGD.to(dtype), attended.used_RKGD.to(dtype)
+    lse_RKG, unit = attended.lse_RKG, ROUNDINGS * torch.finfo(attended.lse_RKG.dtype).eps
+    slack_RKG = unit * (1 + lse_RKG.abs()) + attended.error_RKG
+    low, high = _relative(masses, lse_RKG, slack_RKG, dtype)
+    slip = clusters.value_radius[:, :, None] * masses.tilt.clamp(max=1.0)
+    toward = clusters.values[:, :, None] - used[..., None, :]
+    size = used.norm(dim=-1)
+    gap = toward.norm(dim=-1) * (1 + out) + few * size[..., None]
     known = (kept - used + (low[..., None, :] @ toward)[..., 0, :]).norm(dim=-1)
-    known = known + OUTWARD * (size + kept.norm(dim=-1) + (low * (gap + size[..., None])).sum(-1))
-    # The kept output carries the rounding of its own dtype.
-    unit = torch.finfo(attended.kept_RKGD.dtype).eps
-    weights_moved = torch.as_tensor(2 * attended.error_RKG).clamp(max=1.1).expm1() + unit
-    known = known + ROUNDINGS * unit * kept.norm(dim=-1) + attended.value_bound * weights_moved
-    known = known + (low * slip).sum(-1)
+    known = known + few * (size + kept.norm(dim=-1) + (low * (gap + size[..., None])).sum(-1))
+    # Sums round in the accumulator's dtype, weights and the output once in the cache's own.
+    rounding = unit + torch.finfo(attended.kept_RKGD.dtype).eps
+    weights_moved = torch.as_tensor(2 * attended.error_RKG).clamp(max=1.1).expm1() + rounding
+    known = known + attended.value_bound * weights_moved + (low * slip).sum(-1)
     reach, order = (gap + slip).sort(dim=-1, descending=True)
     room = (high - low).clamp(min=0).gather(-1, order)
     weight = 1 + low.sum(-1)
     above = known[..., None] + (reach * room).cumsum(-1)
     below = weight[..., None] + room.cumsum(-1)
-    bound = torch.maximum(known / weight, (above / below).amax(-1)) * (1 + OUTWARD)
-    is_whole_RK1 = (summary.count <= 0).all(-1)[..., None]
+    bound = torch.maximum(known / weight, (above / below).amax(-1)) * (1 + out)
+    is_whole_RK1 = (clusters.count.sum(-1) == 0)[..., None]
     return bound.masked_fill(is_whole_RK1, 0.0).flatten(1)
+
+
+def _relative(
+    masses: Masses, lse_RKG: Tensor, slack_RKG: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return lower and upper ends of M_c / M_S (R, K, G, C).
+
+    Beyond ``most`` the kept keys do not count any more; lower ends are cut so far below it that
+    every order of the clusters by mass remains possible.
+    """
+    most = 0.85 * math.log(torch.finfo(dtype).max)
+    slack = slack_RKG + outward(dtype) * (1 + lse_RKG.abs())
+    low = masses.lower - (lse_RKG + slack)[..., None].to(dtype)
+    high = masses.upper - (lse_RKG - slack)[..., None].to(dtype)
+    return low.clamp(max=most / 2).exp(), high.clamp(max=most).exp() * (1 + outward(dtype))

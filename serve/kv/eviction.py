@@ -23,8 +23,11 @@ from serve.decoder import LayerSpec, LipschitzDecoder
 from serve.kv.bias import BiasTable
 from serve.kv.deviation import ROUNDINGS, Attended, cluster_masses, head_deviation
 from serve.kv.margin import FARTHEST, HeadMargins
-from serve.kv.summary import LARGEST, OUTWARD, SummaryStore, map_length
+from serve.kv.summary import map_length, outward
+from serve.kv.summary_store import LARGEST, SummaryStore
 from serve.kv.view import CacheView
+
+OUTWARD = outward(torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +72,18 @@ class Deviation:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Layers of one shape: what they lost, and their constants, float64.
+    """Layers of one shape: what they lost, and their constants.
 
     ``gain_L`` is residual weight times attention factor; ``norm_L`` bounds the spectral norm of
-    the output matrix, ``head_norm_LH`` that of each head's columns; ``key_L`` and ``value_L``
-    bound the norms of all cached keys and values, with room for rounding.
+    the output matrix, ``head_norm_LH`` that of each head's columns, in float64; ``key_L`` and
+    ``value_L`` bound the norms of all cached keys and values, in working precision.
     """
 
     layers: tuple[int, ...]
     spec: LayerSpec
     store: SummaryStore
     bias: BiasTable | None
+    positions: int
     gain_L: Tensor
     norm_L: Tensor
     head_norm_LH: Tensor
@@ -88,6 +92,8 @@ class _Group:
 
     def block_deviation(self, layer_R: Tensor, head_RH: Tensor) -> Tensor:
         """Bound the l2 movement (R,) of the stream from that of each head's output (R, H)."""
+        # What overflowed is unknown, hence unbounded.
+        head_RH = head_RH.double().nan_to_num(nan=torch.inf, posinf=torch.inf)
         joint_R = self.norm_L[layer_R] * head_RH.norm(dim=1)
         apart_R = (head_RH * self.head_norm_LH[layer_R]).sum(1)
         return self.gain_L[layer_R] * (1 + OUTWARD) * torch.minimum(joint_R, apart_R)
@@ -127,6 +133,7 @@ class EvictionLedger:
             )
         self.model, self.certificate, self.clusters = model, certificate, clusters
         self.device = model.embedding.weight.device
+        self.dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
         decoder = LipschitzDecoder(model)
         self.group_layers = decoder.groups
         self._groups = {layers[0]: self._group(decoder, layers) for layers in decoder.groups}
@@ -184,8 +191,8 @@ class EvictionLedger:
             positions_Q: Original positions of the queries.
         """
         group = self._groups[layers[0]]
-        wide = max(self.clusters * q_LQHD.shape[3], group.store.whole().is_gone.shape[3])
         # A chunk of many tokens goes in parts: each needs so many numbers per head.
+        wide = max(self.clusters * q_LQHD.shape[3], group.positions)
         step = max(1, LARGEST // (len(layers) * q_LQHD.shape[2] * wide))
         layer_L = torch.tensor(layers, device=self.device)
         for first in range(0, len(rows_Q), step):
@@ -207,15 +214,15 @@ class EvictionLedger:
         used_RHD: Tensor,
         lse_RH: Tensor,
     ) -> Tensor:
-        summary, layers = group.store.take(rows_Q), len(group.layers)
+        clusters, layers = group.store.take(rows_Q), len(group.layers)
         layer_R = torch.arange(layers, device=self.device).repeat_interleave(len(rows_Q))
         heads = (group.spec.kv_heads, -1)
-        q_RKGD = q_RHD.double().unflatten(1, heads)
+        q_RKGD = q_RHD.to(self.dtype).unflatten(1, heads)
         sums = None
         if group.bias is not None:
             positions_R = positions_Q.repeat(layers)
-            sums = group.bias.masses(layer_R, positions_R, summary.is_gone, self.clusters)
-        masses = cluster_masses(summary, group.spec.scale, q_RKGD, sums)
+            sums = group.bias.masses(layer_R, positions_R, clusters.is_gone, self.clusters)
+        masses = cluster_masses(clusters, group.spec.scale, q_RKGD, sums)
         # A dot product rounds relative to |q||k|, which may be far above the logit itself.
         unit = (q_RHD.shape[2] + ROUNDINGS) * torch.finfo(lse_RH.dtype).eps
         key_R11 = group.key_L[layer_R, None, None]
@@ -226,7 +233,7 @@ class EvictionLedger:
             error_RKG=unit * group.spec.scale * key_R11 * q_RKGD.norm(dim=-1),
             value_bound=group.value_L[layer_R, None, None],
         )
-        return group.block_deviation(layer_R, head_deviation(summary, masses, attended))
+        return group.block_deviation(layer_R, head_deviation(clusters, masses, attended))
 
     @torch.inference_mode()
     def deviation(self, rows: Sequence[int]) -> Deviation:
@@ -234,7 +241,7 @@ class EvictionLedger:
         rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
         delta_RN = self.delta_RN[rows_R]
         # A bound may be infinite where nothing moved; zero times infinity is zero here.
-        moved_RN = torch.where(delta_RN > 0, delta_RN * self.amplification_N, 0)
+        moved_RN = torch.where(delta_RN == 0, 0, delta_RN * self.amplification_N)
         stream_R = moved_RN.sum(1) * (1 + OUTWARD)
         certificate = self.certificate
         to_logits = certificate.head_norm / math.sqrt(certificate.vocab_size) * (1 + OUTWARD)
@@ -254,16 +261,17 @@ class EvictionLedger:
         heads = [w_OI.split(specs[0].head_dim, dim=1) for w_OI in outputs]
         head_norms = [[spectral_norm_bound(w_OI) for w_OI in split] for split in heads]
         keys, values = zip(*(self._cached_bounds(layer) for layer in layers), strict=True)
+        shape = (len(layers), specs[0], self.clusters)
         return _Group(
             layers,
             specs[0],
-            SummaryStore(len(layers), specs[0], self.clusters, self.device, positions),
+            SummaryStore(*shape, self.device, self.dtype, positions),
             bias,
+            positions or 0,
             self._tensor([b.layer.attn_residual * b.layer.attn_factor for b in blocks]),
             self._tensor([spectral_norm_bound(w_OI) for w_OI in outputs]),
             torch.tensor(head_norms, dtype=torch.float64, device=self.device),
-            self._tensor(keys),
-            self._tensor(values),
+            *((self._tensor(x) * (1 + outward(self.dtype))).to(self.dtype) for x in (keys, values)),
         )
 
     def _cached_bounds(self, index: int) -> tuple[float, float]:

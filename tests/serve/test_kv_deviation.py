@@ -39,8 +39,9 @@ class Scene:
         )
         place = torch.arange(LENGTH).expand(len(self.q_RKGD), 1, LENGTH)
         seen = torch.full((len(place),), LENGTH)
-        summary.add(self.k_RKTD, self.v_RKTD, place, self.is_gone_RKT, seen)
-        return summary
+        pairs = torch.stack((self.k_RKTD, self.v_RKTD), 3)
+        summary.add(pairs, place, self.is_gone_RKT, seen)
+        return summary.clusters(self.q_RKGD.dtype)
 
     def logits(self):
         """Return all logits (R, K, G, T) of a query at the last position."""
@@ -66,9 +67,9 @@ class Scene:
         log_count = summary.count.log()[:, :, None]
         if self.bias_GT is not None:
             log_count = torch.stack([self.true_bias(c) for c in range(self.clusters)], -1)
-        mean = self.q_RKGD @ summary.key_centre.mT + log_count
+        mean = self.q_RKGD @ summary.keys.mT + log_count
         weights = torch.cat((lse[..., None], mean), -1).softmax(-1)
-        used = weights[..., :1] * kept + weights[..., 1:] @ summary.value_centre
+        used = weights[..., :1] * kept + weights[..., 1:] @ summary.values
         return Attended(kept, used, lse)
 
     def members(self, cluster):
@@ -209,7 +210,7 @@ def test_head_bound_is_the_largest_value_over_all_masses():
     masses = Masses(lower, lower + torch.rand_like(lower), torch.rand_like(lower))
     lse = torch.randn(ROWS, 1, GROUP, dtype=F64)
     got = head_deviation(summary, masses, Attended(kept, used, lse))
-    toward = summary.value_centre[:, :, None] - used[..., None, :]
+    toward = summary.values[:, :, None] - used[..., None, :]
     slip = summary.value_radius[:, :, None] * masses.tilt
     low, high = ((x - lse[..., None]).exp() for x in (masses.lower, masses.upper))
     known = (kept - used + (low[..., None] * toward).sum(-2)).norm(dim=-1)
@@ -226,7 +227,7 @@ def test_huge_masses_of_opposite_values_do_not_cancel():
     """Oracle: the limit; the heavier of two clusters decides, whatever float64 can hold."""
     scene = make_scene(clusters=2)
     summary = scene.summary()
-    summary.value_centre[:, :, 0], summary.value_centre[:, :, 1] = 1.0, -1.0
+    summary.values[:, :, 0], summary.values[:, :, 1] = 1.0, -1.0
     summary.value_radius.zero_()
     lower = torch.tensor([900.0, 800.0], dtype=F64).expand(ROWS, 1, GROUP, 2)
     nothing = torch.zeros(ROWS, 1, GROUP, WIDTH, dtype=F64)
@@ -256,7 +257,8 @@ def test_summary_balls_contain_every_evicted_key_and_value(positions):
         keys, values = torch.randn(2, 2, 3, 6, 5, dtype=F64)
         place = (start + torch.arange(6)).expand(2, 3, 6)
         gone = torch.rand(2, 3, 6) < 0.6
-        summary.add(keys, values, place, gone, torch.full((2,), start + 6))
+        pairs = torch.stack((keys, values), 3)
+        summary.add(pairs, place, gone, torch.full((2,), start + 6))
         seen.append((keys, values, place, gone))
     keys, values, place, gone = (torch.cat(x, 2) for x in zip(*seen, strict=True))
     if positions is not None:
@@ -265,9 +267,10 @@ def test_summary_balls_contain_every_evicted_key_and_value(positions):
     for c in range(4):
         inside = gone & (place // 8 == c)
         assert torch.equal(summary.count[:, :, c], inside.sum(2).double())
+        now = summary.clusters(F64)
         for x, centre, radius in (
-            (keys, summary.key_centre, summary.key_radius),
-            (values, summary.value_centre, summary.value_radius),
+            (keys, now.keys, now.key_radius),
+            (values, now.values, now.value_radius),
         ):
             far = (x - centre[:, :, c, None]).norm(dim=-1)
             assert bool((far.where(inside, 0) <= radius[:, :, c, None]).all())
