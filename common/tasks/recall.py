@@ -1,6 +1,6 @@
 """Passkey recall: keys and values hidden in filler text, a key asked for at the end."""
 
-# What a document looks like: "the sky is blue. K=47; the gra B=02; ... ?B=02; ?K=47;".
+# What a document looks like: "we walk K47;snow falls onB02;the g?B02;?K47;".
 
 import random
 from dataclasses import dataclass
@@ -18,18 +18,24 @@ FILLER = (
     "we walk home in the rain. ",
     "snow falls on the hill. ",
 )
+SKEW = 3
+"""Documents fill this power of a uniform share of the room that their needles leave."""
+ROUNDS = 3
+"""Questions of a document per needle."""
 PLACES = 3
 """The asked needle lies in the first, second or last third of the text, in turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recall(Task):
-    """Several needles in a haystack; the answer to ``?K=`` is the value of ``K``.
+    """Several needles in a haystack; the answer to ``?K`` is the value of ``K``.
+
+    Few-needle documents with many questions come most: they teach looking up, the others distance.
 
     Attributes:
         length: Characters of an example's prompt; documents have up to as many before their
             questions.
-        needles: Key/value pairs of an example, up to 26; documents have 1 to so many.
+        needles: Key/value pairs of an example, up to 26; documents have 2 to so many.
         digits: Digits of a value.
     """
 
@@ -56,12 +62,14 @@ class Recall(Task):
         return len(_pair("K", "0" * self.digits))
 
     def document(self, index: int) -> str:
-        """Return a text of random length and number of needles, all of them asked for."""
+        """Return a text of random length and number of needles, and random questions to it."""
         generator = self.generator("document", index)
-        count = generator.randint(1, self.needles)
-        length = generator.randint(count * self._pair, self.length - len(_question("K")))
+        fewest = min(2, self.needles)
+        count = round(fewest * (self.needles / fewest) ** generator.random())
+        room = self.length - len(_question("K")) - count * self._pair
+        length = count * self._pair + int((room + 1) * generator.random() ** SKEW)
         text, pairs, _ = self._haystack(generator, count, length)
-        asked = generator.sample(sorted(pairs), count)
+        asked = generator.choices(sorted(pairs), k=ROUNDS * count)
         return text + "".join(f"{_question(key)}{pairs[key]}{self.end}" for key in asked) + "\n"
 
     def example(self, index: int) -> Example:
@@ -109,11 +117,11 @@ class Recall(Task):
 
 
 def _pair(key: str, value: str) -> str:
-    return f"{key}={value};"
+    return f"{key}{value};"
 
 
 def _question(key: str) -> str:
-    return f"?{key}="
+    return f"?{key}"
 
 
 def _filler(generator: random.Random, length: int) -> str:
