@@ -121,3 +121,26 @@ def test_models_that_the_cache_cannot_hold_are_refused(hf, kind, changes, reason
     with pytest.raises(ConfigError, match=reason) as info:
         HuggingFaceDecoder(hf.build(kind, changes))
     assert "\n" not in str(info.value)
+
+
+def test_commands_take_a_folder(folder, text_file, lipllm):
+    """Oracle: exit status 0, the declared metrics, and the library's greedy text."""
+    data = ("data=local", f"data.path={text_file}", "device=cpu")
+    done = lipllm("calibrate", f"bundle={folder}", *data, "calibrate.tokens=500")
+    assert done.status == 0, done.err
+    assert done.metrics["serve/calibration_tokens"] == 2 * (192 - 4)
+    kept = ("kv=triattention", "kv.budget=24", "kv.interval=4", "kv.window=8")
+    limits = ("sampling.max_tokens=12", "sampling.temperature=0", "generate.eval_windows=1")
+    points = ("generate.eval_tokens=64", "generate.frontier=[0.5]", "generate.num_prompts=2")
+    done = lipllm("generate", f"bundle={folder}", *data, *kept, *limits, *points)
+    assert done.status == 0, done.err
+    assert done.metrics["serve/kv_kept_fraction"] < 0.8
+    assert 0 < done.metrics["serve/kl_vs_full"] < 100
+    samples = json.loads((done.directory / "samples.json").read_text())
+    texts = [sample["full"] for sample in samples]
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    llm = LLM(folder)
+    assert texts == [o.text for o in llm.generate([s["prompt"] for s in samples], params)]
+    refused = lipllm("generate", f"bundle={folder}", *data, f"kv_stats={folder}/absent", *kept)
+    assert refused.status == 2
+    assert "absent" in refused.err
