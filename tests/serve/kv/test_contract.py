@@ -2,6 +2,7 @@
 
 # Legend: H query heads, K key/value heads, T tokens, D head width.
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -86,7 +87,7 @@ def masked_dense(model: LipschitzTransformer, sequence: Sequence, kept) -> Tenso
 
 @pytest.fixture(scope="module")
 def setup(tiny: SimpleNamespace) -> SimpleNamespace:
-    """Return the tiny model with its statistics and three requests."""
+    """Return the tiny model with its statistics, three requests, and their run as a batch."""
     tokens = torch.tensor(tiny.make_prompts([40] * 4, seed=7))
     stats = layer_stats(calibrate(tiny.model, [tokens]), tiny.model)
     prompts = tiny.make_prompts([5, 17, 33], seed=1)
@@ -94,15 +95,20 @@ def setup(tiny: SimpleNamespace) -> SimpleNamespace:
         SamplingParams(seed=seed, max_tokens=count) for seed, count in enumerate((30, 16, 12))
     ]
     requests = list(zip(("a", "b", "c"), prompts, params, strict=True))
-    return SimpleNamespace(model=tiny.model, stats=stats, requests=requests)
+
+    @cache
+    def together(name: str):
+        policy = policy_by_name(name, **OPTIONS)
+        settings = {"max_num_batched_tokens": 8, "block_size": 4, "max_num_seqs": 3}
+        return policy, *run(tiny.model, stats, policy, requests, **settings)
+
+    return SimpleNamespace(model=tiny.model, stats=stats, requests=requests, together=together)
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_engine_equals_masked_dense_attention(setup: SimpleNamespace, name: str) -> None:
     """Oracle: dense attention with a mask per layer and head; several compactions, chunks of 8."""
-    policy = policy_by_name(name, **OPTIONS)
-    settings = {"max_num_batched_tokens": 8, "block_size": 4, "max_num_seqs": 3}
-    sequences, kept, seen = run(setup.model, setup.stats, policy, setup.requests, **settings)
+    _, sequences, kept, seen = setup.together(name)
     for sequence in sequences:
         assert sequence.compactions >= 2
         expected = masked_dense(setup.model, sequence, kept)
@@ -111,11 +117,48 @@ def test_engine_equals_masked_dense_attention(setup: SimpleNamespace, name: str)
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
+def test_compaction_inside_the_prompt_equals_masked_dense_attention(
+    setup: SimpleNamespace, name: str
+) -> None:
+    """Oracle: the same mask; the longest prompt is compacted while it is read."""
+    policy = policy_by_name(name, compress_prefill=True, **OPTIONS)
+    settings = {"max_num_batched_tokens": 10, "block_size": 4, "max_num_seqs": 2}
+    sequences, kept, seen = run(setup.model, setup.stats, policy, setup.requests[1:], **settings)
+    assert min(start for start, _ in kept["c", 0]) < len(sequences[1].request.prompt)
+    for sequence in sequences:
+        expected = masked_dense(setup.model, sequence, kept)
+        got = torch.stack(seen[sequence.request.request_id])
+        torch.testing.assert_close(got, expected, atol=FLOAT64, rtol=FLOAT64)
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_cached_prompts_change_nothing(setup: SimpleNamespace, name: str) -> None:
+    """Oracle: the same request without a prefix cache; a policy must see the queries it needs."""
+    policy = policy_by_name(name, **OPTIONS)
+    prompt, params = setup.requests[2][1:]
+    core = EngineCore(setup.model, EngineConfig(debug=True, block_size=4), policy, setup.stats)
+    outputs = []
+    for _ in range(2):
+        sequence = core.add(prompt, params)
+        while core.has_work:
+            core.step()
+        outputs.append(sequence.output)
+    limit = policy.prefix_limit(len(prompt))
+    expected_hit = min(len(prompt) - 1 if limit is None else limit, len(prompt) - 1) // 4 * 4
+    assert core.scheduler.stats.prefix_hits == expected_hit
+    config = EngineConfig(block_size=4, prefix_caching=False)
+    alone = EngineCore(setup.model, config, policy, setup.stats)
+    sequence = alone.add(prompt, params)
+    while alone.has_work:
+        alone.step()
+    assert sequence.compactions >= 2
+    assert outputs == [sequence.output] * 2
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
 def test_kept_tokens_depend_on_the_request_alone(setup: SimpleNamespace, name: str) -> None:
     """Oracle: solo runs with other chunks and blocks keep the same positions and give the same."""
-    policy = policy_by_name(name, **OPTIONS)
-    settings = {"max_num_batched_tokens": 8, "block_size": 4, "max_num_seqs": 3}
-    sequences, kept, _ = run(setup.model, setup.stats, policy, setup.requests, **settings)
+    policy, sequences, kept, _ = setup.together(name)
     for request, sequence in zip(setup.requests, sequences, strict=True):
         alone, kept_alone, _ = run(
             setup.model, setup.stats, policy, [request], max_num_batched_tokens=64, block_size=16
@@ -130,8 +173,7 @@ def test_kept_tokens_depend_on_the_request_alone(setup: SimpleNamespace, name: s
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_kept_tokens_honour_the_protection(setup: SimpleNamespace, name: str) -> None:
     """Property: budget, distinct tokens, sinks, recent tokens and a short prompt among them."""
-    policy = policy_by_name(name, **OPTIONS)
-    sequences, kept, _ = run(setup.model, setup.stats, policy, setup.requests)
+    policy, sequences, kept, _ = setup.together(name)
     prompts = {s.request.request_id: len(s.request.prompt) for s in sequences}
     for (request, _), steps in kept.items():
         for length, positions_KS in steps:
