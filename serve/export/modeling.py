@@ -63,6 +63,7 @@ class Wrapped:
         Raises:
             ValueError: without exactly one of ``input_ids`` and ``inputs_embeds``.
             ShapeError: when cache and tokens together exceed the context.
+            ConfigError: for position biases under attention that cannot add them.
         """
         from transformers import DynamicCache
         from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -124,6 +125,7 @@ class Wrapped:
         if position_ids is None:
             position_ids = (torch.arange(length, device=device) + past)[None]
         chosen = self.config._attn_implementation
+        self._require_bias(chosen, options)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
         options = {"position_ids": position_ids, **options}
         return CachedAttention(
@@ -136,6 +138,14 @@ class Wrapped:
             raise ShapeError(
                 f"sequence of {slots} tokens: expected at most the model's context of {context}; "
                 "shorten the prompt or lower max_new_tokens"
+            )
+
+    def _require_bias(self, chosen: str, options: dict[str, Any]) -> None:
+        # Others make their own masks, and a paged cache tells no distances.
+        if self.is_biased and (chosen not in ("sdpa", "eager") or "cache" in options):
+            raise ConfigError(
+                f"attention {chosen!r}{' over pages' * ('cache' in options)}: the model has "
+                "position biases, expected sdpa or eager attention without pages; use generate"
             )
 
     def get_input_embeddings(self) -> Any:

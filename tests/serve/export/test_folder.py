@@ -134,6 +134,17 @@ def test_exact_casts_keep_the_certificate(tmp_path: Path) -> None:
     assert (tmp_path / "half" / "certificate.json").is_file()
 
 
+def test_a_model_that_served_is_exported_alike(exported: SimpleNamespace, tmp_path: Path) -> None:
+    """Oracle: the file from before; the engine stores matrices in another layout."""
+    from serve.export.folder import export_bundle
+
+    served = save_bundle(tmp_path / "bundle", make_model(), ByteTokenizer())
+    LLM(served).generate(PROMPTS[:1], SamplingParams(max_tokens=2))
+    export_bundle(served, tmp_path / "out")
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (exported.path / name).read_bytes()
+
+
 def test_without_certificate(tmp_path: Path) -> None:
     """Oracle: a bundle that was never certified."""
     from serve.export.folder import export_bundle

@@ -257,6 +257,66 @@ def test_outputs_on_demand(tiny: Any, wrap: Any) -> None:
         wrapped()
 
 
+def test_attention_functions_of_others(tiny: Any, wrap: Any) -> None:
+    """Oracle: our forward; the function gets scale, groups and unknown arguments; bias refused."""
+    seen: list[Any] = []
+
+    def probe(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
+        seen.append((module.layer_idx, module.num_key_value_groups, mask, options["note"]))
+        output = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=options["scaling"], enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("probe", probe)
+    model, tokens_BT = tiny.make_model(**VARIANTS["uniform"]), random_tokens(tiny, 2, 9)
+    wrapped = wrap(model)
+    assert wrapped.is_backend_compatible()
+    wrapped.set_attn_implementation("probe")
+    logits = wrapped(tokens_BT, note="x").logits
+    torch.testing.assert_close(logits, model(tokens_BT), atol=EXACT, rtol=0)
+    assert seen == [(layer, 2, None, "x") for layer in range(3)]
+    biased = wrap(tiny.model)
+    biased.set_attn_implementation("probe")
+    with pytest.raises(ConfigError, match="position biases"):
+        biased(tokens_BT, note="x")
+    biased.set_attn_implementation("sdpa")
+    with pytest.raises(ConfigError, match="over pages"):
+        biased(tokens_BT, cache=object())
+
+
+def test_a_decode_step_does_nothing_twice(
+    tiny: Any, wrap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: one table of angles per head width and pass; without padding no mask."""
+    from serve.export import attention
+
+    widths: list[int] = []
+    masks: list[Any] = []
+
+    def rotation(positions: Any, frequency: Any, dtype: Any) -> Any:
+        widths.append(2 * len(frequency))
+        return original(positions, frequency, dtype)
+
+    def sdpa(*arguments: Any, **options: Any) -> Any:
+        masks.append(arguments[4])
+        return function(*arguments, **options)
+
+    original = attention.rotation
+    function = transformers.AttentionInterface().get_interface("sdpa", None)
+    monkeypatch.setattr(attention, "rotation", rotation)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "sdpa", sdpa)
+    for variant, expected in (("uniform", [8]), ("plain", [8, 16])):
+        wrapped = wrap(tiny.make_model(**VARIANTS[variant]))
+        tokens_BT = random_tokens(tiny, 2, 9)
+        cache = wrapped(tokens_BT).past_key_values
+        del widths[:], masks[:]
+        ones_BT = torch.ones(2, 10, dtype=torch.int64)
+        wrapped(tokens_BT[:, :1], attention_mask=ones_BT, past_key_values=cache)
+        assert widths == expected
+        assert masks == [None] * 3
+
+
 def test_packed_sequences_do_not_see_each_other(tiny: Any, wrap: Any) -> None:
     """Oracle: our model's forward of each sequence by itself."""
     model = tiny.model
@@ -274,63 +334,3 @@ def test_the_context_is_a_limit(tiny: Any, wrap: Any) -> None:
     cache = wrapped(tokens_BT).past_key_values
     with pytest.raises(ShapeError, match=f"sequence of {tiny.context + 1} tokens"):
         wrapped(tokens_BT[:, :1], past_key_values=cache)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_save_and_load_are_exact(tiny: Any, wrap: Any, tmp_path: Any, dtype: torch.dtype) -> None:
-    """Oracle: every tensor and every logit before saving."""
-    import serve.export  # noqa: F401
-
-    model = tiny.make_model(dtype)
-    wrapped, tokens_BT = wrap(model), random_tokens(tiny, 2, 20)
-    wrapped.save_pretrained(tmp_path / "one")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype="auto")
-    assert type(loaded) is type(wrapped)
-    assert not loaded.training
-    assert loaded.config.definition() == model.config
-    expected, found = wrapped.state_dict(), loaded.state_dict()
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert torch.equal(loaded(tokens_BT).logits, wrapped(tokens_BT).logits)
-    # Our own forward works inside as well: frequencies are in no file.
-    assert torch.equal(loaded.model(tokens_BT), model(tokens_BT))
-    loaded.save_pretrained(tmp_path / "two")
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-def test_tied_head(tiny: Any, tmp_path: Any) -> None:
-    """Oracle: one stored matrix, the same logits, and gradients that add up."""
-    from serve.export.modeling import LipschitzConfig, LipschitzForCausalLM
-
-    fields = tiny.model.config.to_dict()
-    tied = LipschitzForCausalLM(LipschitzConfig(transformer=fields, tie_word_embeddings=True))
-    assert tied.model.head.weight is tied.model.embedding.weight
-    tied.save_pretrained(tmp_path)
-    loaded = LipschitzForCausalLM.from_pretrained(tmp_path)
-    assert loaded.model.head.weight is loaded.model.embedding.weight
-    tokens_BT = random_tokens(tiny, 1, 9)
-    assert torch.equal(loaded(tokens_BT).logits, tied(tokens_BT).logits)
-    with pytest.raises(ConfigError, match="vocab_multiple=1"):
-        LipschitzConfig(transformer={**fields, "vocab_multiple": 16}, tie_word_embeddings=True)
-
-
-def test_sizes_follow_from_the_definition(tiny: Any, wrap: Any) -> None:
-    """Oracle: the model's configuration; a contradiction is refused."""
-    from serve.export.modeling import LipschitzConfig
-
-    config = wrap(tiny.model).config
-    assert (config.vocab_size, config.hidden_size) == (tiny.vocab, 32)
-    assert (config.num_attention_heads, config.head_dim, config.intermediate_size) == (4, 16, 128)
-    assert config.max_position_embeddings == tiny.context
-    assert LipschitzConfig(**config.to_dict()).to_dict() == config.to_dict()
-    with pytest.raises(ConfigError, match="hidden_size=64: expected 32"):
-        LipschitzConfig(**{**config.to_dict(), "hidden_size": 64})
-
-
-def test_the_vocabulary_keeps_its_size(tiny: Any, wrap: Any) -> None:
-    """Oracle: the number of embedding rows."""
-    wrapped = wrap(tiny.model)
-    assert wrapped.resize_token_embeddings(tiny.vocab) is tiny.model.embedding
-    with pytest.raises(ConfigError, match=f"exactly {tiny.vocab} token ids"):
-        wrapped.resize_token_embeddings(tiny.vocab + 1)
