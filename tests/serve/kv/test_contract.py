@@ -196,3 +196,24 @@ def test_bfloat16_caches_run(tiny: SimpleNamespace, setup: SimpleNamespace, name
     assert first[0][0].compactions >= 2
     assert first[0][0].output == second[0][0].output
     assert all(torch.equal(a, b) for a, b in zip(first[2]["b"], second[2]["b"], strict=True))
+
+
+@pytest.mark.parametrize("selection", ["union", "per_head"])
+@pytest.mark.parametrize("name", ["triattention", "h2o", "keydiff"])
+def test_shared_sets_stay_shared(tiny: SimpleNamespace, selection: str, name: str) -> None:
+    """Oracle: masked dense attention; all heads, or those of one index, hold the same tokens."""
+    model = tiny.make_model(
+        heads=4, kv_heads=2, content_heads=(4, 2, 4), head_dim=8, position_bias=True
+    )
+    stats = layer_stats(calibrate(model, [torch.tensor(tiny.make_prompts([40], seed=7))]), model)
+    policy = policy_by_name(name, selection=selection, **OPTIONS)
+    params = SamplingParams(seed=3, max_tokens=20)
+    requests = [("a", tiny.make_prompts([16])[0], params)]
+    sequences, kept, seen = run(model, stats, policy, requests, block_size=4)
+    assert sequences[0].compactions >= 4
+    expected = masked_dense(model, sequences[0], kept)
+    torch.testing.assert_close(torch.stack(seen["a"]), expected, atol=FLOAT64, rtol=FLOAT64)
+    for layer in range(3):
+        for (_, ours), (_, first) in zip(kept["a", layer], kept["a", 0], strict=True):
+            ours, first = ours.sort(dim=-1).values, first.sort(dim=-1).values
+            assert torch.equal(ours, first if selection == "per_head" else first[:1].expand(2, -1))
