@@ -112,18 +112,17 @@ def sample(
     Returns:
         One choice per row; None where the logits hold a NaN or an infinity.
     """
+    # Rows that are not finite are drawn like any other, and thrown away at the end.
     is_finite_R = torch.isfinite(logits_RV).all(dim=1)
-    # Rows without a number in them are drawn like any other, and thrown away.
-    clean_RV = torch.where(is_finite_R[:, None], logits_RV, 0)
     nothing = [None] * len(params)
-    work_RV = adjust(clean_RV, params, counts or nothing, banned or [()] * len(params))
+    work_RV = adjust(logits_RV, params, counts or nothing, banned or [()] * len(params))
     tokens_R = work_RV.argmax(dim=1)
     drawn = [r for r, p in enumerate(params) if not p.is_greedy]
     if drawn:
         p_RV = filtered_probabilities(work_RV[drawn], [params[r] for r in drawn])
         u_R1 = _column([uniform(seeds[r], positions[r]) for r in drawn], p_RV)
         tokens_R[drawn] = _inverse_cdf(p_RV, u_R1)
-    logprobs = _logprobs(clean_RV, tokens_R, [p.logprobs for p in params])
+    logprobs = _logprobs(logits_RV, tokens_R, [p.logprobs for p in params])
     # One transfer for both.
     tokens = torch.where(is_finite_R, tokens_R, -1).tolist()
     return [
@@ -224,7 +223,8 @@ def _filter(p_RV: Tensor, params: Rows[SamplingParams], width: int) -> Tensor:
 
 def _largest(p_RV: Tensor, sorted_RK: Tensor, count_R1: Tensor) -> Tensor:
     """Zero all but the ``count`` largest of each row; among equal ones the smaller ids stay."""
-    edge_R1 = sorted_RK.gather(1, count_R1 - 1)
+    # A row of NaN keeps none.
+    edge_R1 = sorted_RK.gather(1, (count_R1 - 1).clamp(min=0))
     above_RV, tied_RV = p_RV > edge_R1, p_RV == edge_R1
     room_R1 = count_R1 - above_RV.sum(dim=1, keepdim=True)
     return p_RV.masked_fill(~(above_RV | (tied_RV & (tied_RV.cumsum(dim=1) <= room_R1))), 0.0)

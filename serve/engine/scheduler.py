@@ -166,9 +166,10 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Preempt the newest until ``sequence`` can grow; False when it was itself the newest."""
-        if sequence.reserved:
+        missing = self.blocks.missing(sequence.block_table, sequence.kv_len + 1)
+        if sequence.reserved or not missing:
             return True
-        while self.blocks.missing(sequence.block_table, sequence.kv_len + 1) > self._spare:
+        while missing > self._spare:
             victim = next(other for other in reversed(self.running) if not other.reserved)
             self._preempt(victim)
             if victim is sequence:
@@ -271,6 +272,8 @@ class Scheduler:
         num_tokens = sequence.num_tokens
         if self.config.deterministic:
             num_tokens = min(num_tokens, self._whole_chunks(sequence.request))
+        if num_tokens // self.blocks.block_size <= sequence.num_keyed:
+            return
         self._extend_keys(sequence, num_tokens)
         for index in range(sequence.num_keyed, num_tokens // self.blocks.block_size):
             self.blocks.register(sequence.block_table[index], sequence.keys[index])

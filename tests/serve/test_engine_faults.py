@@ -122,3 +122,46 @@ def test_opting_out_keeps_the_cache_whole(tiny: SimpleNamespace) -> None:
     assert (whole.compactions, whole.kept_fraction) == (0, 1.0)
     assert cut.compactions > 0
     assert cut.kept_fraction < 0.7
+
+
+def test_a_fault_while_choices_wait_for_their_prompt_spares_them(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the leader ends, the others run alone, with the tokens of their own seeds."""
+    (prompt,) = tiny.make_prompts([40])
+    core = EngineCore(tiny.model, EngineConfig(block_size=8, max_num_batched_tokens=24, debug=True))
+    choices = core.add_choices(prompt, SamplingParams(n=3, seed=4, max_tokens=6))
+    core.step()
+    forward = core.runner.forward
+
+    def fault(*args: object, **kwargs: object) -> None:
+        monkeypatch.setattr(core.runner, "forward", forward)
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(core.runner, "forward", fault)
+    while core.has_work:
+        core.step()
+    assert [s.finish_reason for s in choices] == ["error", "length", "length"]
+    assert core.counters.failed_steps == 1
+    for sequence in choices[1:]:
+        alone = SamplingParams(seed=sequence.request.seed, max_tokens=6)
+        assert sequence.output == tiny.run_alone(tiny.model, prompt, alone).output
+    assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks
+
+
+def test_wrong_books_stop_the_engine(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the documented AssertionError, after a fault even without ``debug``."""
+    core = EngineCore(tiny.model, EngineConfig(block_size=8))
+    core.add([1, 2, 3], tiny.greedy)
+    other = core.add([4, 5, 6], tiny.greedy)
+    core.step()
+
+    def fault(items: list, **kwargs: object) -> None:
+        other.block_table.append(other.block_table[0])
+        raise RuntimeError("the fault beneath")
+
+    monkeypatch.setattr(core.runner, "forward", fault)
+    with pytest.raises(AssertionError, match="references"):
+        core.step()

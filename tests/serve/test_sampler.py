@@ -133,12 +133,19 @@ def test_sample_is_the_same_alone_and_in_a_batch_of_sixteen() -> None:
 def test_sample_refuses_only_the_row_that_is_not_finite(bad: float) -> None:
     """Oracle: the documented None; the neighbours are untouched."""
     logits_RV = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(3))
-    params = [SamplingParams(), SamplingParams(temperature=0.0), SamplingParams()]
-    clean = sample(logits_RV, params, [1, 2, 3], [0, 0, 0])
-    broken_RV = logits_RV.clone()
-    broken_RV[1, 7] = bad
-    choices = sample(broken_RV, params, [1, 2, 3], [0, 0, 0])
-    assert choices == [clean[0], None, clean[2]]
+    for broken in (
+        SamplingParams(temperature=0.0),
+        SamplingParams(logprobs=3),
+        SamplingParams(top_k=3, min_p=0.1, top_p=0.8, logit_bias={1: 2.0}),
+    ):
+        params = [SamplingParams(), broken, SamplingParams(top_p=0.9)]
+        clean = sample(logits_RV, params, [1, 2, 3], [0, 0, 0])
+        broken_RV = logits_RV.clone()
+        broken_RV[1, 7] = bad
+        choices = sample(broken_RV, params, [1, 2, 3], [0, 0, 0])
+        assert choices == [clean[0], None, clean[2]]
+        everywhere = sample(torch.full_like(logits_RV, bad), params, [1, 2, 3], [0, 0, 0])
+        assert everywhere == [None, None, None]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-30])
