@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.errors import ShapeError
-from serve.kernels.launch import check_storage, int32
+from serve.kernels.launch import check_storage
 from serve.kernels.tuning import tuning_for
 
 POOLS = 3  # moved by one launch: keys, values, positions
@@ -120,7 +120,8 @@ def compact_kv(
     """
     rows, heads, kept = keep_RKS.shape
     block_size = pools[0].shape[2]
-    keep, src, dst = keep_RKS.contiguous(), int32(src_tables_RN), int32(dst_tables_RN)
+    keep = keep_RKS.contiguous()
+    src, dst = src_tables_RN.contiguous(), dst_tables_RN.contiguous()
     check_storage(pools[0], keep=keep, src_tables=src, dst_tables=dst)
     _check_destinations(pools[0], src, dst, kept)
     tuning = tuning_for(keep.device)

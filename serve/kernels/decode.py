@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve.kernels.launch import INTERPRETED, check_storage, check_tables, int32
-from serve.kernels.tuning import processors, tuning_for
+from serve.kernels.launch import INTERPRETED, check_storage, check_tables
+from serve.kernels.tuning import tuning_for
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -45,6 +45,8 @@ def _decode_kernel(
     WIDTH: tl.constexpr,
     WIDTH_PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -53,8 +55,10 @@ def _decode_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
-    length = tl.load(length_ptr + row * length_row_stride + kv_head * length_head_stride)
-    share = tl.cdiv(tl.cdiv(length, splits), TILE) * TILE
+    length_ptr += row * length_row_stride + kv_head * length_head_stride
+    length = tl.load(length_ptr).to(tl.int32)
+    # The parts of a row follow from its length alone: its result is the same in every batch.
+    share = tl.cdiv(tl.maximum(SPLIT, tl.cdiv(length, MOST_SPLITS)), TILE) * TILE
     begin = split * share
     end = tl.minimum(begin + share, length)
     member = tl.arange(0, GROUP_PADDED)
@@ -159,15 +163,14 @@ def paged_decode(
         ShapeError: if a pool is not contiguous, or a CPU table points outside it.
     """
     rows, heads, width = q_RHD.shape
-    q_RHD, tables, lengths = q_RHD.contiguous(), int32(tables_RN), int32(lengths_RK)
-    positions_R = positions_R.contiguous()
+    q_RHD, positions_R = q_RHD.contiguous(), positions_R.contiguous()
+    tables, lengths = tables_RN.contiguous(), lengths_RK.contiguous()
     bias = q_RHD if bias_HT is None else bias_HT.contiguous()
     check_storage(k_pool, q=q_RHD, k_pool=k_pool, v_pool=v_pool, pos_pool=pos_pool)
     check_storage(k_pool, tables=tables, lengths=lengths, positions=positions_R, bias=bias)
     check_tables(k_pool, tables, lengths)
     slots = tables.shape[1] * k_pool.shape[2]
-    device = k_pool.device
-    splits = tuning_for(device).splits(slots, rows * k_pool.shape[1], processors(device))
+    splits = tuning_for(k_pool.device).splits(slots)
     o_RHPD = q_RHD.new_empty(
         rows, heads, splits, width, dtype=q_RHD.dtype if splits == 1 else torch.float32
     )
@@ -214,6 +217,8 @@ def _attend(
         WIDTH=width,
         WIDTH_PADDED=max(16, triton.next_power_of_2(width)),
         TILE=tuning.tile(width, k_pool.element_size()),
+        SPLIT=tuning.split_slots,
+        MOST_SPLITS=tuning.most_splits,
         HAS_BIAS=has_bias,
         HAS_WINDOW=window is not None,
         UPCAST=INTERPRETED,
@@ -226,6 +231,7 @@ def _combine(o_RHPD: Tensor, lse_RHP: Tensor, dtype: torch.dtype) -> tuple[Tenso
     rows, heads, splits, width = o_RHPD.shape
     if splits == 1:
         return o_RHPD[:, :, 0], lse_RHP[:, :, 0]
+    tuning = tuning_for(o_RHPD.device)
     o_RHD = o_RHPD.new_empty(rows, heads, width, dtype=dtype)
     lse_RH = lse_RHP.new_empty(rows, heads)
     _combine_kernel[(rows * heads,)](
@@ -236,7 +242,8 @@ def _combine(o_RHPD: Tensor, lse_RHP: Tensor, dtype: torch.dtype) -> tuple[Tenso
         splits,
         WIDTH=width,
         WIDTH_PADDED=triton.next_power_of_2(width),
-        SPLITS_PADDED=triton.next_power_of_2(splits),
-        **tuning_for(o_RHPD.device).options(width),
+        # Always the same, so that the sum has the same order.
+        SPLITS_PADDED=tuning.most_splits,
+        **tuning.options(width),
     )
     return o_RHD, lse_RH

@@ -47,8 +47,3 @@ def check_tables(pool: Tensor, tables_RN: Tensor, lengths_RK: Tensor) -> None:
             f"tables: a used entry lies outside 0..{blocks - 1} or a length exceeds {room} slots;"
             " fix the block table"
         )
-
-
-def int32(tensor: Tensor) -> Tensor:
-    """Return an integer tensor as contiguous int32, what the kernels read."""
-    return tensor.to(torch.int32).contiguous()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve.kernels.launch import check_storage, check_tables, int32
+from serve.kernels.launch import check_storage, check_tables
 from serve.kernels.tuning import tuning_for
 
 
@@ -93,7 +93,7 @@ def score_keys(
     rows, heads, _ = u_RHD.shape
     slots = tables_RN.shape[1] * block_size
     u_RHD, e_RHE = u_RHD.to(torch.float32).contiguous(), e_RHE.to(torch.float32).contiguous()
-    tables, lengths = int32(tables_RN), int32(lengths_RK)
+    tables, lengths = tables_RN.contiguous(), lengths_RK.contiguous()
     check_storage(k_pool, k_pool=k_pool, tables=tables, lengths=lengths, u=u_RHD, e=e_RHE)
     check_tables(k_pool, tables, lengths)
     out_RHS = torch.empty(rows, heads, slots, dtype=torch.float32, device=k_pool.device)

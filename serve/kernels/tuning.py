@@ -1,7 +1,7 @@
 """Launch parameters of the Triton kernels, one row per architecture; nothing is guessed elsewhere.
 
-Measured on none of them yet where the row says "by arithmetic": chosen so that a tile's keys and
-values fit the shared memory, and enough programs exist to fill the device twice.
+Rows marked "by arithmetic" were chosen without the device: keys and values of all stages fit the
+shared memory, scores fit the registers.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,7 @@ class Tuning:
         score_values: Components of keys that one warp of the score kernel holds.
         stages: Tiles in flight in the attention kernel.
         warps: Warps per program for a head width up to 128; twice as many above.
-        split_slots: Least slots of one split of a row in the attention kernel.
-        waves: Programs per multiprocessor that splitting aims at.
+        split_slots: Slots of one part of a row in the attention kernel; more in the longest rows.
         move_rows: Slots that one program of the compaction moves.
         select_tile: Slots that the selection reads at once.
         write_heads: Heads of a token that one program writes.
@@ -34,7 +33,6 @@ class Tuning:
     stages: int
     warps: int
     split_slots: int
-    waves: int
     move_rows: int
     select_tile: int
     write_heads: int = 8
@@ -63,16 +61,13 @@ class Tuning:
     def _warps(self, width: int) -> int:
         return self.warps if width <= 128 else 2 * self.warps
 
-    def splits(self, slots: int, programs: int, processors: int) -> int:
+    def splits(self, slots: int) -> int:
         """Return into how many parts to split rows of at most ``slots`` slots.
 
-        Args:
-            slots: Of the longest possible row (the table's width: known without the device).
-            programs: Rows times key/value heads.
-            processors: Multiprocessors of the device.
+        By the table's width, which is known without the device; how a row is split depends on its
+        own length alone, so that its result does not depend on the batch.
         """
-        wanted = -(-self.waves * processors // max(programs, 1))
-        return max(1, min(wanted, self.most_splits, -(-slots // self.split_slots)))
+        return max(1, min(self.most_splits, -(-slots // self.split_slots)))
 
 
 def _floor(value: int) -> int:
@@ -88,7 +83,6 @@ HOPPER = Tuning(
     stages=3,
     warps=4,
     split_slots=256,
-    waves=2,
     move_rows=32,
     select_tile=1024,
 )
@@ -100,7 +94,6 @@ AMPERE = Tuning(
     stages=2,
     warps=4,
     split_slots=256,
-    waves=2,
     move_rows=32,
     select_tile=1024,
 )
@@ -112,7 +105,6 @@ SAFE = Tuning(
     stages=1,
     warps=4,
     split_slots=256,
-    waves=2,
     move_rows=32,
     select_tile=512,
 )
@@ -125,11 +117,3 @@ def tuning_for(device: torch.device) -> Tuning:
     if device.type != "cuda":
         return SAFE
     return _BY_MAJOR.get(torch.cuda.get_device_capability(device)[0], SAFE)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Return the multiprocessors of the device; 1 under the interpreter."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
