@@ -18,8 +18,6 @@ FILLER = (
     "we walk home in the rain. ",
     "snow falls on the hill. ",
 )
-SKEW = 3
-"""Documents fill this power of a uniform share of the room that their needles leave."""
 ROUNDS = 3
 """Questions of a document per needle."""
 PLACES = 3
@@ -67,7 +65,7 @@ class Recall(Task):
         fewest = min(2, self.needles)
         count = round(fewest * (self.needles / fewest) ** generator.random())
         room = self.length - len(_question("K")) - count * self._pair
-        length = count * self._pair + int((room + 1) * generator.random() ** SKEW)
+        length = count * self._pair + generator.randint(0, room)
         text, pairs, _ = self._haystack(generator, count, length)
         asked = generator.choices(sorted(pairs), k=ROUNDS * count)
         return text + "".join(f"{_question(key)}{pairs[key]}{self.end}" for key in asked) + "\n"
