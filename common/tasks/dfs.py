@@ -1,12 +1,12 @@
 """Recursive state: a depth-first search is told step by step; where does it stand at the end?
 
-A document is a trace, then the state: ``AEK-C--Q?Q;AQ;ACEKQ``. A capital letter or a digit pushes
-that node, ``-`` goes back one; the answer gives the current node, the stack from the start on, and
-the visited nodes in order of their symbols.
+A document is a trace, then the state: ``AEK-EC-E-AQ?Q;AQ;ACEKQ``. A capital letter or a digit
+pushes that node, ``-`` goes back one, to the node that follows it; the answer gives the current
+node, the stack from the start on, and the visited nodes in order of their symbols.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from common.config import within
@@ -30,6 +30,7 @@ class DepthFirst(Task):
     Attributes:
         nodes: Fewest and most nodes of a graph, 6 to 36.
         steps: Fewest and most steps (pushes and pops) that are told.
+        named: Tell to which node a step goes back; without it the reader has to keep the stack.
         relabel: Name the nodes by random symbols, so that names say nothing about the graph.
 
     Source:
@@ -39,16 +40,17 @@ class DepthFirst(Task):
 
     nodes: tuple[int, int] = (10, 20)
     steps: tuple[int, int] = (5, 19)
+    named: bool = True
     relabel: bool = True
     name: ClassVar[str] = "dfs"
 
     def __post_init__(self) -> None:
         # The two-argument form: slots make a new class, which super() without them misses.
         super(DepthFirst, self).__post_init__()
-        for field, low, high in (("nodes", MIN_NODES, len(SYMBOLS)), ("steps", 1, 1 << 20)):
-            first, last = getattr(self, field)
-            within(f"task.{field}[0]", first, low, high)
-            within(f"task.{field}[1]", last, first, high)
+        for name, low, high in (("nodes", MIN_NODES, len(SYMBOLS)), ("steps", 1, 1 << 20)):
+            first, last = getattr(self, name)
+            within(f"task.{name}[0]", first, low, high)
+            within(f"task.{name}[1]", last, first, high)
         if self.steps[0] > 2 * self.nodes[1] - 2:
             raise ConfigError(
                 f"task.steps={list(self.steps)}: a search of {self.nodes[1]} nodes has left its "
@@ -57,24 +59,23 @@ class DepthFirst(Task):
 
     def document(self, index: int) -> str:
         """Return a trace and its state."""
-        trace, state = self._draw(self.generator("document", index))
-        return f"{trace}{ASK}{state.text}{self.end}"
+        told = self._draw(self.generator("document", index))
+        return f"{told.trace}{ASK}{told.state}{self.end}"
 
     def example(self, index: int) -> Example:
         """Return a trace; needles are the pushes still on the stack.
 
         Facts: ``steps``, ``depth`` (length of the stack) and ``visited`` (number of nodes).
         """
-        trace, state = self._draw(self.generator("example", index))
-        where = [trace.index(symbol) for symbol in state.stack]
+        told = self._draw(self.generator("example", index))
         return Example(
-            prompt=trace + ASK,
-            answer=state.text,
-            needles=tuple((start, start + 1) for start in where),
+            prompt=told.trace + ASK,
+            answer=told.state,
+            needles=tuple((start, start + 1) for start in told.places),
             facts={
-                "steps": float(len(trace) - 1),
-                "depth": float(len(state.stack)),
-                "visited": float(len(state.visited)),
+                "steps": float(told.steps),
+                "depth": float(len(told.stack)),
+                "visited": float(len(told.visited)),
             },
         )
 
@@ -99,41 +100,56 @@ class DepthFirst(Task):
             "visited_f1": _f1(set(visited), set(got_visited)),
         }
 
-    def _draw(self, generator: random.Random) -> tuple[str, "State"]:
-        """Return a trace that ends before its search does, and the state at its end."""
+    def _draw(self, generator: random.Random) -> "Told":
+        """Return the trace of a search that goes on after it."""
         while True:
             nodes, steps = generator.randint(*self.nodes), generator.randint(*self.steps)
             graph = (random_tree if generator.random() < 0.5 else small_world)(generator, nodes)
-            pushes = search(graph, steps)
-            if pushes is not None:
+            events = search(graph, steps)
+            if events is not None:
                 break
-        names = list(SYMBOLS[:nodes])
-        if self.relabel:
-            names = generator.sample(SYMBOLS, nodes)
-        trace = "".join(BACK if node is None else names[node] for node in pushes)
-        return trace, State.of(trace)
+        names = generator.sample(SYMBOLS, nodes) if self.relabel else list(SYMBOLS)
+        told = Told()
+        for node in events:
+            told.tell(None if node is None else names[node], named=self.named)
+        return told
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """Where a search stands: the path from its start, and the visited nodes in order of symbol."""
+@dataclass(slots=True)
+class Told:
+    """What has been told of a search, and where it stands.
 
-    stack: str
-    visited: str
+    Attributes:
+        trace: The text so far.
+        stack: Path from the start to the current node.
+        places: Where in the trace each node of the stack was pushed.
+        visited: Nodes in order of their first visit.
+        steps: Pushes and pops after the start.
+    """
 
-    @classmethod
-    def of(cls, trace: str) -> "State":
-        """Return the state at the end of a trace."""
-        stack, visited = "", set[str]()
-        for symbol in trace:
-            stack = stack[:-1] if symbol == BACK else stack + symbol
-            visited.update(stack[-1:])
-        return cls(stack, "".join(sorted(visited)))
+    trace: str = ""
+    stack: str = ""
+    places: list[int] = field(default_factory=list)
+    visited: str = ""
+    steps: int = -1
+
+    def tell(self, symbol: str | None, *, named: bool) -> None:
+        """Add a push of a node, or a pop for None; ``named`` writes where a pop leads."""
+        self.steps += 1
+        if symbol is None:
+            self.stack = self.stack[:-1]
+            self.places.pop()
+            self.trace += BACK + (self.stack[-1] if named else "")
+        else:
+            self.stack += symbol
+            self.visited += symbol
+            self.places.append(len(self.trace))
+            self.trace += symbol
 
     @property
-    def text(self) -> str:
+    def state(self) -> str:
         """The answer: current node, stack, visited nodes."""
-        return NEXT.join((self.stack[-1:], self.stack, self.visited))
+        return NEXT.join((self.stack[-1], self.stack, "".join(sorted(self.visited))))
 
 
 def search(graph: Graph, steps: int) -> list[int | None] | None:

@@ -1,6 +1,7 @@
 """The depth-first task: graphs, searches, states and their scores."""
 
 import random
+import re
 from collections import Counter
 
 import networkx as nx
@@ -99,11 +100,15 @@ def test_search_is_the_recursive_one(seed: int) -> None:
     assert search(graph, len(events) - 1) is None
 
 
-@pytest.mark.parametrize("task", [DepthFirst(), LARGE], ids=["small", "large"])
+UNNAMED = DepthFirst(named=False)
+
+
+@pytest.mark.parametrize("task", [UNNAMED, LARGE, DepthFirst()], ids=["unnamed", "large", "small"])
 def test_prompt_determines_the_answer(task: DepthFirst) -> None:
     """Oracle: brackets; a node is on the stack if the pops after it never outnumber the pushes."""
     for example in task.examples(120):
-        trace = example.prompt.removesuffix("?")
+        # A named return is one pop; what it names is checked below.
+        trace = re.sub("-.", "-", example.prompt[:-1]) if task.named else example.prompt[:-1]
         stack = ""
         for place, symbol in enumerate(trace):
             depths = [1 if s != "-" else -1 for s in trace[place:]]
@@ -111,10 +116,23 @@ def test_prompt_determines_the_answer(task: DepthFirst) -> None:
                 stack += symbol
         visited = "".join(sorted(set(trace) - {"-"}))
         assert example.answer == f"{stack[-1]};{stack};{visited}"
-        assert "".join(trace[first:last] for first, last in example.needles) == stack
+        assert "".join(example.prompt[first:last] for first, last in example.needles) == stack
         facts = {"steps": len(trace) - 1, "depth": len(stack), "visited": len(visited)}
         assert example.facts == facts
         assert task.steps[0] <= len(trace) - 1 <= task.steps[1]
+
+
+def test_named_returns_name_the_new_top() -> None:
+    """Oracle: the state of the trace up to there, by the task without names."""
+    for index in range(60):
+        named, plain = (DepthFirst(named=named).example(index) for named in (True, False))
+        assert re.sub("-.", "-", named.prompt) == plain.prompt
+        assert named.answer == plain.answer
+        for found in re.finditer("-(.)", named.prompt):
+            stack: list[str] = []
+            for symbol in re.sub("-.", "-", named.prompt[: found.end()]):
+                stack = stack[:-1] if symbol == "-" else [*stack, symbol]
+            assert stack[-1] == found[1]
 
 
 def test_steps_and_depths_of_the_large_set() -> None:
@@ -131,12 +149,13 @@ def test_steps_and_depths_of_the_large_set() -> None:
     assert max(steps) == 50
 
 
-def test_documents_are_traces_with_their_state() -> None:
+@pytest.mark.parametrize("task", [UNNAMED, LARGE], ids=["unnamed", "large"])
+def test_documents_are_traces_with_their_state(task: DepthFirst) -> None:
     """Oracle: the answer of a document is computed from its trace by a list of nodes."""
     for index in range(100):
-        trace, _, answer = DepthFirst().document(index).removesuffix("\n").partition("?")
+        trace, _, answer = task.document(index).removesuffix("\n").partition("?")
         stack: list[str] = []
-        for symbol in trace:
+        for symbol in re.sub("-.", "-", trace) if task.named else trace:
             stack = stack[:-1] if symbol == "-" else [*stack, symbol]
         assert answer.split(";")[:2] == [stack[-1], "".join(stack)]
 
