@@ -7,6 +7,8 @@ to about 1e-6 in float32; ``deterministic=true`` removes that too, bit for bit, 
 settings and threads.
 """
 
+# Legend: R rows, T tokens of an item, V vocabulary.
+
 import itertools
 import logging
 from collections.abc import Collection
