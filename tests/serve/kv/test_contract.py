@@ -28,6 +28,7 @@ class Recorder(Companion):
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+        self.masses: dict[tuple[str, int], list[tuple[int, Tensor, Tensor]]] = {}
 
     def compacting(self, view, sequences, keep_RKS) -> None:
         """Store (tokens so far, positions kept per head) by request and layer."""
@@ -35,14 +36,17 @@ class Recorder(Companion):
         for number, layer in enumerate(view.layers):
             for index, sequence in enumerate(sequences):
                 key = (sequence.request.request_id, layer)
-                row = kept_RKS[number * len(sequences) + index]
-                self.kept.setdefault(key, []).append((sequence.num_tokens, row))
+                row, length = number * len(sequences) + index, sequence.num_tokens
+                self.kept.setdefault(key, []).append((length, kept_RKS[row]))
+                if "mass" in view.observed:
+                    mass = view.observed["mass"][row].gather(1, keep_RKS[row])
+                    self.masses.setdefault(key, []).append((length, kept_RKS[row], mass))
 
 
-def run(model, stats, policy, requests, **settings):
+def run(model, stats, policy, requests, recorder=None, **settings):
     """Run prompts to their end; return sequences, what was kept, and the logits of all tokens."""
     core = EngineCore(model, EngineConfig(debug=True, **settings), policy, stats)
-    recorder, seen, forward = Recorder(), {}, core.runner.forward
+    recorder, seen, forward = recorder or Recorder(), {}, core.runner.forward
     core.companions.companions.append(recorder)
 
     def recording(items, **options):
@@ -59,8 +63,9 @@ def run(model, stats, policy, requests, **settings):
     return sequences, recorder.kept, seen
 
 
-def masked_dense(model: LipschitzTransformer, sequence: Sequence, kept) -> Tensor:
+def masked_dense(model: LipschitzTransformer, sequence: Sequence, kept, weights=None) -> Tensor:
     """Oracle: one forward pass over all tokens; evicted keys are hidden from later queries."""
+    weights = {} if weights is None else weights
     tokens = sequence.tokens[:-1]
     length = len(tokens)
 
@@ -77,7 +82,8 @@ def masked_dense(model: LipschitzTransformer, sequence: Sequence, kept) -> Tenso
         bias = model.layers[layer].attention.position_bias
         z = z if bias is None else z + bias[:, distance]
         z = z.masked_fill(~is_seen_KTT.repeat_interleave(config.group, 0), -torch.inf)
-        return (z.softmax(-1) @ v[0].repeat_interleave(config.group, 0))[None]
+        weights[layer] = z.softmax(-1)
+        return (weights[layer] @ v[0].repeat_interleave(config.group, 0))[None]
 
     with torch.no_grad():
         return model(torch.tensor(tokens)[None], attend=attend)[
@@ -100,9 +106,16 @@ def setup(tiny: SimpleNamespace) -> SimpleNamespace:
     def together(name: str):
         policy = policy_by_name(name, **OPTIONS)
         settings = {"max_num_batched_tokens": 8, "block_size": 4, "max_num_seqs": 3}
-        return policy, *run(tiny.model, stats, policy, requests, **settings)
+        return policy, *run(tiny.model, stats, policy, requests, recorders[name], **settings)
 
-    return SimpleNamespace(model=tiny.model, stats=stats, requests=requests, together=together)
+    recorders = {name: Recorder() for name in COMPRESSING}
+    return SimpleNamespace(
+        model=tiny.model,
+        stats=stats,
+        requests=requests,
+        together=together,
+        masses=recorders["h2o"].masses,
+    )
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
@@ -135,24 +148,20 @@ def test_compaction_inside_the_prompt_equals_masked_dense_attention(
 def test_cached_prompts_change_nothing(setup: SimpleNamespace, name: str) -> None:
     """Oracle: the same request without a prefix cache; a policy must see the queries it needs."""
     policy = policy_by_name(name, **OPTIONS)
-    prompt, params = setup.requests[2][1:]
-    core = EngineCore(setup.model, EngineConfig(debug=True, block_size=4), policy, setup.stats)
-    outputs = []
-    for _ in range(2):
-        sequence = core.add(prompt, params)
-        while core.has_work:
-            core.step()
-        outputs.append(sequence.output)
-    limit = policy.prefix_limit(len(prompt))
-    expected_hit = min(len(prompt) - 1 if limit is None else limit, len(prompt) - 1) // 4 * 4
-    assert core.scheduler.stats.prefix_hits == expected_hit
-    config = EngineConfig(block_size=4, prefix_caching=False)
-    alone = EngineCore(setup.model, config, policy, setup.stats)
-    sequence = alone.add(prompt, params)
-    while alone.has_work:
-        alone.step()
-    assert sequence.compactions >= 2
-    assert outputs == [sequence.output] * 2
+    request, settings = setup.requests[2], {"block_size": 4, "max_num_seqs": 1}
+    again = [request, ("again", *request[1:])]
+    sequences, kept, seen = run(setup.model, setup.stats, policy, again, **settings)
+    limit, length = policy.prefix_limit(len(request[1])), len(request[1])
+    assert sequences[1].num_hit == min(length - 1 if limit is None else limit, length - 1) // 4 * 4
+    fresh, kept_fresh, seen_fresh = run(
+        setup.model, setup.stats, policy, [request], prefix_caching=False, **settings
+    )
+    assert fresh[0].compactions >= 2
+    for (_, layer), steps in kept_fresh.items():
+        for (_, ours), (_, theirs) in zip(steps, kept["again", layer], strict=True):
+            assert torch.equal(ours.sort(dim=-1).values, theirs.sort(dim=-1).values)
+    got, expected = torch.stack(seen["again"]), torch.stack(seen_fresh[request[0]])
+    torch.testing.assert_close(got, expected, atol=FLOAT64, rtol=FLOAT64)
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
@@ -196,6 +205,24 @@ def test_bfloat16_caches_run(tiny: SimpleNamespace, setup: SimpleNamespace, name
     assert first[0][0].compactions >= 2
     assert first[0][0].output == second[0][0].output
     assert all(torch.equal(a, b) for a, b in zip(first[2]["b"], second[2]["b"], strict=True))
+
+
+def test_attention_mass_in_the_engine_is_that_of_dense_attention(setup: SimpleNamespace) -> None:
+    """Oracle: dense weights, masked as the cache was, summed per position up to each compaction."""
+    _, sequences, kept, _ = setup.together("h2o")
+    recorded = setup.masses
+    for sequence in sequences:
+        name, weights = sequence.request.request_id, {}
+        masked_dense(setup.model, sequence, kept, weights)
+        for layer in (0, 1):
+            config = setup.model.config.layer(layer)
+            assert len(recorded[name, layer]) >= 2
+            for start, positions_KS, mass_KS in recorded[name, layer]:
+                sums_HT = weights[layer][:, :start].sum(1)
+                sums_KT = sums_HT.unflatten(0, (config.kv_heads, -1)).sum(1)
+                expected = sums_KT.gather(1, positions_KS)[: config.content_kv_heads]
+                got = mass_KS[: config.content_kv_heads]
+                torch.testing.assert_close(got, expected, atol=FLOAT64, rtol=FLOAT64)
 
 
 @pytest.mark.parametrize("selection", ["union", "per_head"])
