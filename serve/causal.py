@@ -3,6 +3,7 @@
 # Legend: B windows, T tokens of a window, N = B * T tokens (flat), C queries of a chunk, S keys,
 # H query heads, K key/value heads, D head width.
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -32,19 +33,18 @@ class CausalAttention:
             x.unflatten(0, (self.windows, -1)).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD)
         )
         length = q_BHTD.shape[2]
-        given = {"scale": spec.scale, "enable_gqa": spec.group > 1}
+        attend = functools.partial(
+            F.scaled_dot_product_attention, scale=spec.scale, enable_gqa=spec.group > 1
+        )
         if spec.bias_HT is None and (spec.sliding_window or length) >= length:
-            o_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, **given)
+            o_BHTD = attend(q_BHTD, k_BKTD, v_BKTD, is_causal=True)
             return o_BHTD.transpose(1, 2).flatten(0, 1)
         chunks = []
         for first in range(0, length, CHUNK):
             last = min(first + CHUNK, length)
             mask_HCS = self._mask(spec, first, last, q_NHD)
-            keys = (k_BKTD[:, :, :last], v_BKTD[:, :, :last])
-            q_BHCD = q_BHTD[:, :, first:last]
-            chunks.append(
-                F.scaled_dot_product_attention(q_BHCD, *keys, attn_mask=mask_HCS, **given)
-            )
+            q_BHCD, keys = q_BHTD[:, :, first:last], (k_BKTD[:, :, :last], v_BKTD[:, :, :last])
+            chunks.append(attend(q_BHCD, *keys, attn_mask=mask_HCS))
         return torch.cat(chunks, dim=2).transpose(1, 2).flatten(0, 1)
 
     def _mask(self, spec: LayerSpec, first: int, last: int, like: Tensor) -> Tensor:

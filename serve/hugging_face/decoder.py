@@ -97,4 +97,4 @@ class HuggingFaceDecoder(Decoder):
 
 def _sha256(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).digest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()

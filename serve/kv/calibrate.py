@@ -9,7 +9,7 @@ They are a property of the weights, not of a prompt. Statistics are plain tensor
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -212,7 +212,8 @@ def specs_of(model: LipschitzTransformer | Decoder) -> tuple[LayerSpec, ...]:
     """Return the attention of each layer."""
     if isinstance(model, Decoder):
         return model.layers
-    return tuple(layer_spec(layer.attention) for layer in model.layers)
+    blocks: Any = model.layers
+    return tuple(layer_spec(layer.attention) for layer in blocks)
 
 
 def _check_layer(prefix: str, own: Mapping[str, Tensor], spec: LayerSpec) -> None:

@@ -40,7 +40,7 @@ def test_every_head_is_a_square_of_its_opacity(tmp_path):
     markup = concentration(add_run(tmp_path / "run", CONTENT))
     heads = markup[markup.index("<svg") : markup.index("</svg>")]
     opacities = sorted(float(x) for x in re.findall(r"fill-opacity: ([0-9.]+)", heads))
-    assert opacities == [0.25, 0.5, 0.97]
+    assert opacities == [0.2, 0.3, 0.4, 0.5]
     assert "50 % of heads are above 0.95" in markup
     assert markup.count("<svg") == 2
     assert "0.997" in markup
