@@ -64,7 +64,9 @@ class DeviationTracker(Companion):
         self, group: tuple[int, ...], part: Part, rows: list[int | None], pick: list[int]
     ) -> None:
         queue = self._seen[group[0], part.chunk]
-        q, kept, used, lse = (torch.stack(x) for x in zip(*queue, strict=True))
+        queries, outputs, corrected, lses = zip(*queue, strict=True)
+        q, kept, lse = torch.stack(queries), torch.stack(outputs), torch.stack(lses)
+        used = kept if self.correction is None else torch.stack(corrected)
         rows_Q = torch.tensor(rows, dtype=torch.int64, device=q.device)
         positions_Q = part.positions_N
         if part.chunk is not None:

@@ -135,23 +135,35 @@ def head_deviation(clusters: Clusters, masses: Masses, attended: Attended) -> Te
     slack_RKG = unit * (1 + lse_RKG.abs()) + attended.error_RKG
     low, high = _relative(masses, lse_RKG, slack_RKG, dtype)
     slip = clusters.value_radius[:, :, None] * masses.tilt.clamp(max=1.0)
-    toward = clusters.values[:, :, None] - used[..., None, :]
-    size = used.norm(dim=-1)
-    gap = toward.norm(dim=-1) * (1 + out) + few * size[..., None]
-    known = (kept - used + (low[..., None, :] @ toward)[..., 0, :]).norm(dim=-1)
-    known = known + few * (size + kept.norm(dim=-1) + (low * (gap + size[..., None])).sum(-1))
+    size, norm = used.norm(dim=-1), clusters.value_norm[:, :, None]
+    gap = _distance(clusters, used, size[..., None])
+    weight = 1 + low.sum(-1)
+    known = (kept - weight[..., None] * used + low @ clusters.values).norm(dim=-1)
+    known = known + few * (kept.norm(dim=-1) + weight * size + (low * norm).sum(-1))
     # Sums round in the accumulator's dtype, weights and the output once in the cache's own.
     rounding = unit + torch.finfo(attended.kept_RKGD.dtype).eps
     weights_moved = torch.as_tensor(2 * attended.error_RKG).clamp(max=1.1).expm1() + rounding
     known = known + attended.value_bound * weights_moved + (low * slip).sum(-1)
     reach, order = (gap + slip).sort(dim=-1, descending=True)
     room = (high - low).clamp(min=0).gather(-1, order)
-    weight = 1 + low.sum(-1)
     above = known[..., None] + (reach * room).cumsum(-1)
     below = weight[..., None] + room.cumsum(-1)
     bound = torch.maximum(known / weight, (above / below).amax(-1)) * (1 + out)
     is_whole_RK1 = (clusters.count.sum(-1) == 0)[..., None]
     return bound.masked_fill(is_whole_RK1, 0.0).flatten(1)
+
+
+def _distance(clusters: Clusters, used_RKGD: Tensor, size_RKG1: Tensor) -> Tensor:
+    """Bound |centre_c - u| (R, K, G, C) without a tensor of differences.
+
+    It only multiplies what is unknown of a mass, so that the digits lost by cancelling are no loss.
+    """
+    norm = clusters.value_norm[:, :, None]
+    product = used_RKGD @ clusters.values.mT
+    square = norm.square() + size_RKG1.square() - 2 * product
+    unit = (used_RKGD.shape[3] + ROUNDINGS) * torch.finfo(product.dtype).eps
+    error = unit * (norm + size_RKG1).square()
+    return (square.clamp(min=0) + error).sqrt()
 
 
 def _relative(

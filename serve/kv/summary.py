@@ -31,7 +31,8 @@ class Clusters:
         values: Mean evicted value (R, K, C, D).
         key_norm: l2 norm of the mean key (R, K, C).
         key_radius: Bound on the distance of an evicted key from the exact mean (R, K, C).
-        value_radius: The same for values.
+        value_norm: l2 norm of the mean value (R, K, C).
+        value_radius: As for keys.
         is_gone: Evicted positions (R, K, P), bool; P is 0 where nobody asks for them.
     """
 
@@ -41,6 +42,7 @@ class Clusters:
     values: Tensor
     key_norm: Tensor
     key_radius: Tensor
+    value_norm: Tensor
     value_radius: Tensor
     is_gone: Tensor
 
@@ -138,11 +140,12 @@ class Summary:
 
     def clusters(self, dtype: torch.dtype) -> Clusters:
         """Return what a step needs, in working precision; radii are rounded up."""
-        keys, values = self.centre.to(dtype).unbind(3)
-        radius = self.radius.to(dtype) * (1 + outward(dtype))
-        count = self.count.to(dtype)
-        norm = keys.norm(dim=-1)
-        return Clusters(count, count.log(), keys, values, norm, *radius.unbind(3), self.is_gone)
+        centre, count = self.centre.to(dtype), self.count.to(dtype)
+        key_norm, value_norm = centre.norm(dim=-1).unbind(-1)
+        key_radius, value_radius = (self.radius.to(dtype) * (1 + outward(dtype))).unbind(-1)
+        keys, values = centre.unbind(3)
+        sizes = (key_norm, key_radius, value_norm, value_radius)
+        return Clusters(count, count.log(), keys, values, *sizes, self.is_gone)
 
     @staticmethod
     def _norms(x: Tensor) -> Tensor:

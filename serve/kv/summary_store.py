@@ -96,7 +96,7 @@ class SummaryStore:
     def _cast(self, summary: Summary) -> list[Tensor]:
         """Return the tables of ``take``: centres, numbers of each cluster, evicted positions."""
         now = summary.clusters(self.dtype)
-        sizes = (now.key_norm, now.key_radius, now.value_radius)
+        sizes = (now.key_norm, now.key_radius, now.value_norm, now.value_radius)
         small = torch.stack((now.count, now.log_count, *sizes), dim=-1)
         return [torch.stack((now.keys, now.values), dim=3), small, now.is_gone]
 

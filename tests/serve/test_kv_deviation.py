@@ -228,6 +228,7 @@ def test_huge_masses_of_opposite_values_do_not_cancel():
     scene = make_scene(clusters=2)
     summary = scene.summary()
     summary.values[:, :, 0], summary.values[:, :, 1] = 1.0, -1.0
+    summary.value_norm.copy_(summary.values.norm(dim=-1))
     summary.value_radius.zero_()
     lower = torch.tensor([900.0, 800.0], dtype=F64).expand(ROWS, 1, GROUP, 2)
     nothing = torch.zeros(ROWS, 1, GROUP, WIDTH, dtype=F64)
