@@ -86,13 +86,18 @@ def test_a_shared_page_is_left_to_its_other_holder(paged):
 
 
 def test_padding_is_neither_read_nor_written(paged):
-    """Oracle: a row shorter than the budget, whose further pages do not exist, stays as it is."""
+    """Oracle: a row shorter than the budget, whose further pages do not exist, stays as it is.
+
+    So does a page that replaces one that does not exist.
+    """
     k_pool, v_pool, pos_pool, tables = paged.make_cache([3, 14])
     pools = (k_pool, v_pool, pos_pool)
     keep = torch.cat((torch.arange(10).expand(1, 2, 10), paged.random_keep([14], 2, 10)))
     before = [gather_pages(pool, tables[:1])[:, :, :3] for pool in pools]
     untouched = k_pool.clone()
-    compact_kv(pools, tables, keep, tables)
+    dst = tables.clone()
+    dst[0, 1] = next(page for page in range(len(k_pool)) if page not in tables.flatten().tolist())
+    compact_kv(pools, tables, keep, dst)
     for pool, old in zip(pools, before, strict=True):
         assert torch.equal(gather_pages(pool, tables[:1])[:, :, :3], old)
     used = set(tables[1].tolist())

@@ -95,15 +95,16 @@ def test_attention_does_not_depend_on_the_order_of_slots(paged):
 
 
 @pytest.mark.parametrize("lengths", [[37], [40], [37, 21], [[37, 30]], [3]])
-@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("first", [0, 2, None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_reading_in_place_is_reading(paged, monkeypatch, lengths, first, dtype):
-    """Oracle: the gathering path, on consecutive pages at either end of a pool with stale slots."""
+    """Oracle: the gathering path, on consecutive pages at either end of a pool or shuffled."""
     lengths = torch.tensor(lengths)
     longest = lengths.amax() if lengths.ndim == 1 else lengths.amax(1).amax()
     rows, pages = len(lengths), 10
     cache = paged.make_cache([int(longest)] * rows, dtype=dtype, seed=3)
-    tables = first + torch.arange(rows * pages).view(rows, pages)
+    order = torch.randperm(rows * pages) if first is None else first + torch.arange(rows * pages)
+    tables = order.view(rows, pages)
     pools = []
     for pool in cache[:3]:
         moved = torch.full((rows * pages + 2, *pool.shape[1:]), -7).to(pool.dtype)
