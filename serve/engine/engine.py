@@ -37,6 +37,7 @@ from serve.engine.stats import EngineStats
 from serve.engine.summaries import Summaries
 from serve.kv import Policy
 from serve.kv.eviction import EvictionLedger
+from serve.kv.positional_certificate import positional_certificate
 
 log = logging.getLogger(__name__)
 
@@ -306,6 +307,10 @@ def accompany(decoder: Decoder, policy: Policy | None, ledger: EvictionLedger | 
     summaries = None
     if policy is not None and policy.budget is not None and policy.summary_tokens:
         summaries = Summaries(decoder, policy.summary_tokens)
+    if ledger is not None and policy is not None:
+        known = positional_certificate(decoder, policy)
+        if known is not None:
+            log.info("%s", known)
     # The proof needs the outputs before and after the mean tokens.
     last = summaries if ledger is None else DeviationTracker(ledger, summaries)
     if last is not None:
