@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models.config import LayerConfig
+from common.models.config import DIVIDED, LayerConfig
 from common.models.rope import inverse_frequencies, rotate, rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -21,13 +21,19 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 def activate(z_BTF: Tensor, layer: LayerConfig) -> Tensor:
     """Apply the layer's activation to pre-activations (..., F); MaxMin sorts neighbouring pairs."""
-    match layer.activation:
+    y_BTF = undivided(z_BTF, layer.activation)
+    return y_BTF / layer.gelu_divisor if layer.activation in DIVIDED else y_BTF
+
+
+def undivided(z_BTF: Tensor, activation: str) -> Tensor:
+    """Apply an activation (..., F) without the divisor of those that have one."""
+    match activation:
         case "gelu":
-            return F.gelu(z_BTF) / layer.gelu_divisor
+            return F.gelu(z_BTF)
         case "gelu_tanh":
-            return F.gelu(z_BTF, approximate="tanh") / layer.gelu_divisor
+            return F.gelu(z_BTF, approximate="tanh")
         case "silu":
-            return F.silu(z_BTF) / layer.gelu_divisor
+            return F.silu(z_BTF)
         case "tanh":
             return z_BTF.tanh()
         case "relu":

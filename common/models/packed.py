@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models.layers import Layer, activate
+from common.models.config import DIVIDED
+from common.models.layers import Layer, undivided
 from common.models.rope import turn, turn_table
 from common.models.transformer import LipschitzTransformer
 
@@ -56,7 +58,10 @@ class PackedTransformer:
             last_M: Indices of tokens; None for all.
         """
         x_NC = self.model.embed(tokens_N)
-        turns = {dim: table.index_select(0, positions_N) for dim, table in self._tables.items()}
+        turns = {}
+        for dim, table in self._tables.items():
+            cos_ND, sin_ND = table.index_select(0, positions_N).unbind(1)
+            turns[dim] = cos_ND[:, None], sin_ND[:, None]
         for layer in self.layers:
             x_NC = layer(x_NC, turns[layer.head_dim], attend)
         return self.model.logits(x_NC if last_M is None else x_NC.index_select(0, last_M))
@@ -66,13 +71,18 @@ class PackedLayer:
     """A layer of the transformer on a flat token axis; see ``Layer`` for the arithmetic."""
 
     def __init__(self, layer: Layer) -> None:
-        self.layer, self.attention, self.mlp = layer.layer, layer.attention, layer.mlp
-        self.head_dim = self.layer.head_dim
+        self.attention, self.config = layer.attention, layer.layer
+        self.head_dim = self.config.head_dim
         self.qkv_OC: Tensor | None = None
-        if self.layer.content_heads == self.layer.heads:
+        if self.config.content_heads == self.config.heads:
             attention: Any = self.attention
             self.qkv_OC = stacked([attention.query, attention.key, attention.value])
-        store(self.mlp.up)
+        store(layer.mlp.up)
+        a, b = self.config.attn_residual, self.config.mlp_residual
+        divisor = self.config.gelu_divisor if self.config.activation in DIVIDED else 1.0
+        self.output = _Blend(self.attention.output, a, a * self.config.attn_factor)
+        self.up, self.up_bias = layer.mlp.up.weight.data, layer.mlp.up.bias
+        self.down = _Blend(layer.mlp.down, b, b, divisor)
 
     def turn_table(self, model: LipschitzTransformer) -> Tensor:
         """Return the rotations of all positions, as ``rope.turn_table``."""
@@ -80,28 +90,38 @@ class PackedLayer:
         frequency = self.attention.inverse_frequency
         return turn_table(model.config.context, frequency, weight.dtype).to(weight.device)
 
-    def __call__(self, x_NC: Tensor, turn_N2D: Tensor, attend: FlatAttend) -> Tensor:
+    def __call__(self, x_NC: Tensor, turns: tuple[Tensor, Tensor], attend: FlatAttend) -> Tensor:
         """Return the stream (N, C) after both blocks."""
-        layer = self.layer
-        o_NHD = attend(self.attention.index, *self._project(x_NC, turn_N2D))
-        a = layer.attn_residual
-        x_NC = _blend(x_NC, o_NHD.flatten(1), self.attention.output, a, layer.attn_factor)
-        hidden_NF = activate(self.mlp.up(x_NC), layer)
-        return _blend(x_NC, hidden_NF, self.mlp.down, layer.mlp_residual)
+        o_NHD = attend(self.attention.index, *self._project(x_NC, turns))
+        x_NC = self.output(x_NC, o_NHD.flatten(1))
+        z_NF = F.linear(x_NC, self.up, self.up_bias)
+        return self.down(x_NC, undivided(z_NF, self.config.activation))
 
-    def _project(self, x_NC: Tensor, turn_N2D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_NC: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values."""
-        heads, kv_heads = self.layer.heads, self.layer.kv_heads
+        heads, kv_heads = self.config.heads, self.config.kv_heads
         if self.qkv_OC is None:
             # Positional heads: the layer knows which ones have neither queries nor keys.
             q_NHD, k_NKD, v_NKD = (x[:, :, 0] for x in self.attention.project(x_NC[:, None]))
-            if self.layer.content_heads:
-                q_NHD, k_NKD = turn(q_NHD, turn_N2D), turn(k_NKD, turn_N2D)
+            if self.config.content_heads:
+                q_NHD, k_NKD = turn(q_NHD, *turns), turn(k_NKD, *turns)
             return q_NHD, k_NKD, v_NKD
-        qkv = nn.functional.linear(x_NC, self.qkv_OC)
-        qkv = qkv.view(len(x_NC), heads + 2 * kv_heads, self.head_dim)
-        qk = turn(qkv[:, : heads + kv_heads], turn_N2D)
-        return qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
+        qkv_NAD = F.linear(x_NC, self.qkv_OC).view(-1, heads + 2 * kv_heads, self.head_dim)
+        qk_NAD, v_NKD = qkv_NAD.split((heads + kv_heads, kv_heads), dim=1)
+        q_NHD, k_NKD = turn(qk_NAD, *turns).split((heads, kv_heads), dim=1)
+        return q_NHD, k_NKD, v_NKD
+
+
+class _Blend:
+    """End of a residual block: ``(1 - a) x + factor W (y / divisor) + factor bias``."""
+
+    def __init__(self, linear: nn.Linear, a: float, factor: float, divisor: float = 1.0) -> None:
+        self.w_IO, self.bias_O = linear.weight.data.t(), linear.bias
+        self.rest, self.factor, self.scale = 1 - a, factor, factor / divisor
+
+    def __call__(self, x_NO: Tensor, y_NI: Tensor) -> Tensor:
+        x_NO = torch.addmm(x_NO, y_NI, self.w_IO, beta=self.rest, alpha=self.scale)
+        return x_NO if self.bias_O is None else x_NO.add_(self.bias_O, alpha=self.factor)
 
 
 def store(linear: nn.Linear) -> None:
@@ -139,10 +159,3 @@ def _neighbours(weights: list[Tensor]) -> Tensor | None:
 def _reads_columns(weight_OC: Tensor) -> bool:
     # A product with few tokens runs along memory in the longer direction: 1.3 times as fast.
     return weight_OC.device.type == "cpu" and weight_OC.shape[0] > weight_OC.shape[1]
-
-
-def _blend(x_NC: Tensor, y_NI: Tensor, linear: nn.Linear, a: float, factor: float = 1.0) -> Tensor:
-    """Return ``(1 - a) x + a factor linear(y)``."""
-    if linear.bias is not None:
-        return torch.add((1 - a) * x_NC, linear(y_NI), alpha=a * factor)
-    return torch.addmm(x_NC, y_NI, linear.weight.t(), beta=1 - a, alpha=a * factor)

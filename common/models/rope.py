@@ -65,8 +65,7 @@ def turn_table(context: int, inverse_frequency: Tensor, dtype: torch.dtype) -> T
     return torch.stack(both, dim=1)
 
 
-def turn(x_NAD: Tensor, turn_N2D: Tensor) -> Tensor:
-    """Rotate heads (N, A, D) by rows of ``turn_table``; equal to ``rotate`` up to rounding."""
-    cos_N1D, sin_N1D = turn_N2D[:, :1], turn_N2D[:, 1:]
+def turn(x_NAD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
+    """Rotate heads (N, A, D) by entries of ``turn_table``; ``rotate`` up to rounding."""
     swapped_NAD = torch.roll(x_NAD, x_NAD.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_NAD * cos_N1D, swapped_NAD, sin_N1D)

@@ -1,6 +1,6 @@
 """The cache's memory: one allocation per group of layers of equal shape."""
 
-# Legend: L layers of a group, K key/value heads, D head width.
+# Legend: L layers of a group, K key/value heads, D head width, N tokens of a step, M = N * K.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,11 +58,23 @@ class Pools:
             for index, layer in enumerate(group)
         }
         self.layers = [parts[layer] for layer in range(len(decoder.layers))]
+        # Keys and values with one line per (block, head, offset).
+        self.lines = [(pool.keys.flatten(0, 2), pool.values.flatten(0, 2)) for pool in self.layers]
 
     def group_tables(self, group: Sequence[int], tables_RW: Tensor) -> Tensor:
         """Return tables (layers * R, W) of all layers of a group, layer-major."""
         offset_L = torch.arange(len(group), device=tables_RW.device) * self.num_blocks
         return (tables_RW + offset_L[:, None, None]).flatten(0, 1)
+
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Zero the values of some blocks in all layers.
+
+        A weight of zero does not silence a NaN. Blocks are wiped when they get a new owner that
+        does not fill them at once, so that their unfilled slots hold finite values.
+        """
+        for pool in self.group_pools if blocks else ():
+            index = torch.tensor(blocks, dtype=torch.int64, device=pool.values.device)
+            pool.values.unflatten(0, (-1, self.num_blocks)).index_fill_(1, index, 0)
 
     def _allocate(self, decoder: Decoder, group: Sequence[int]) -> LayerPool:
         spec = decoder.layers[group[0]]
@@ -70,3 +82,34 @@ class Pools:
         keys = torch.zeros(*shape, spec.head_dim, dtype=decoder.dtype, device=decoder.device)
         positions = torch.zeros(shape, dtype=torch.int32, device=decoder.device)
         return LayerPool(keys, torch.zeros_like(keys), positions)
+
+
+class SlotWriter:
+    """Writes the tokens of one step; their positions at once, in all layers.
+
+    Args:
+        pools: All pools.
+        positions_N: Original position of each token.
+        slots_N: Slot of each token, ``block * block_size + offset``.
+    """
+
+    def __init__(self, pools: Pools, positions_N: Tensor, slots_N: Tensor) -> None:
+        self.lines = pools.lines
+        self._index: dict[int, Tensor] = {}
+        block_N = slots_N // pools.block_size
+        for group in pools.group_pools:
+            kv_heads, size = group.keys.shape[1:3]
+            if kv_heads not in self._index:
+                first_N = torch.add(slots_N, block_N, alpha=size * (kv_heads - 1))
+                head_K = torch.arange(0, size * kv_heads, size, device=slots_N.device)
+                self._index[kv_heads] = (first_N[:, None] + head_K).flatten()
+            position_M = positions_N.int().repeat_interleave(kv_heads)
+            flat_LS = group.positions.view(len(group.keys) // pools.num_blocks, -1)
+            flat_LS.index_copy_(1, self._index[kv_heads], position_M.expand(len(flat_LS), -1))
+
+    def write(self, layer: int, k_NKD: Tensor, v_NKD: Tensor) -> None:
+        """Write keys and values (N, K, D) of a layer."""
+        keys, values = self.lines[layer]
+        index_M, shape = self._index[k_NKD.shape[1]], (-1, k_NKD.shape[2])
+        keys.index_copy_(0, index_M, k_NKD.reshape(shape))
+        values.index_copy_(0, index_M, v_NKD.reshape(shape))

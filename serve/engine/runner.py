@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from serve.decoder import Decoder
-from serve.engine.attention import Batch, Chunk, PagedAttention
+from serve.engine.attention import PagedAttention
+from serve.engine.batch import BatchBuilder, pad_tables
 from serve.engine.blocks import BlockPlan
 from serve.engine.companions import Companions
 from serve.engine.evidence import Evidence
 from serve.engine.pools import Pools
 from serve.engine.request import Item, Sequence
 from serve.kernels import compact_kv
+from serve.kernels.backend import use_triton
 from serve.kv import Policy
 from serve.kv.selection import choose
 from serve.kv.view import CacheView, stack_stats
@@ -30,13 +32,6 @@ Stats = Rows[Mapping[str, Tensor] | None] | None
 
 # Multiplications of a step below which a second CPU thread does not pay: about 1 ms of one core.
 SMALL_WORK = 8_000_000
-
-
-def pad_tables(tables: list[list[int]], device: torch.device) -> Tensor:
-    """Return block tables of different lengths as one int64 matrix (R, W), padded with block 0."""
-    width = max(map(len, tables), default=0)
-    padded = [table + [0] * (width - len(table)) for table in tables]
-    return torch.tensor(padded, dtype=torch.int64, device=device).view(len(tables), width)
 
 
 @contextmanager
@@ -73,11 +68,14 @@ class Runner:
         companions: Companions | None = None,
     ) -> None:
         self.decoder = decoder
-        self.block_size = block_size
         self.backend = backend
         self.companions = companions or Companions([])
         self.device, self.dtype = decoder.device, decoder.dtype
         self.pools = Pools(decoder, num_blocks, block_size)
+        # Copies in float32 are what half precision needs anyway; kernels read pages by themselves.
+        is_exact = self.dtype in (torch.float32, torch.float64)
+        in_place = is_exact and not use_triton(backend, self.pools.layers[0].keys)
+        self.builder = BatchBuilder(block_size, self.device, in_place=in_place)
 
     @torch.inference_mode()
     def forward(
@@ -97,26 +95,13 @@ class Runner:
             Logits (items, V) after each item's last token, or (M, V) after those of ``spans``; all
             tokens (N, V) with ``as_decodes``.
         """
-        order = sorted(range(len(items)), key=lambda index: not items[index].is_decode)
-        ordered = [items[index] for index in order]
-        batch = self._batch(ordered, as_decodes)
-        decodes = [item for item in ordered if as_decodes or item.is_decode]
+        batch = self.builder.build(items, spans=spans, as_decodes=as_decodes)
         listener = self.companions.listener(
-            [item.sequence for item in decodes for _ in range(item.count)],
-            [item.sequence for item in ordered[len(decodes) :]],
+            batch.sequences, [chunk.sequence for chunk in batch.chunks]
         )
-        layers = self.pools.layers
-        attend = PagedAttention(self.decoder.layers, layers, batch, self.backend, listener)
-        last_M = None
-        if not as_decodes:
-            inverse = sorted(range(len(order)), key=order.__getitem__)
-            last = [batch.last[index] for index in inverse]
-            pairs = zip(last, spans or [1] * len(items), strict=True)
-            last_M = self._tensor(
-                [i for end, span in pairs for i in range(end - span + 1, end + 1)]
-            )
+        attend = PagedAttention(self.decoder.layers, self.pools, batch, self.backend, listener)
         with _few_threads(self.decoder.num_parameters * len(batch.tokens_N)):
-            return self.decoder.forward(batch.tokens_N, batch.positions_N, attend, last_M)
+            return self.decoder.forward(batch.tokens_N, batch.positions_N, attend, batch.last_M)
 
     @torch.inference_mode()
     def compact(
@@ -140,6 +125,7 @@ class Runner:
         self, rows: list[tuple[Sequence, BlockPlan]], policy: Policy, stats: Stats, budget: int
     ) -> None:
         sequences = [sequence for sequence, _ in rows]
+        self.pools.wipe([block for _, plan in rows for block in plan.fresh])
         tables_RW = pad_tables([list(plan.source) for _, plan in rows], self.device)
         targets_RW = pad_tables([list(plan.target) for _, plan in rows], self.device)
         views = self._views(sequences, tables_RW, stats)
@@ -175,47 +161,6 @@ class Runner:
             )
             views.append(view)
         return views
-
-    def _batch(self, items: list[Item], as_decodes: bool) -> Batch:
-        tokens: list[int] = []
-        positions: list[int] = []
-        blocks: list[int] = []
-        offsets: list[int] = []
-        tables: list[list[int]] = []
-        lengths: list[int] = []
-        chunks: list[Chunk] = []
-        last: list[int] = []
-        for item in items:
-            sequence, start = item.sequence, len(tokens)
-            first, slot = sequence.num_tokens, sequence.kv_len
-            tokens += sequence.tokens[first : first + item.count]
-            positions += range(first, first + item.count)
-            slots = range(slot, slot + item.count)
-            blocks += [sequence.block_table[s // self.block_size] for s in slots]
-            offsets += [s % self.block_size for s in slots]
-            last.append(len(tokens) - 1)
-            if as_decodes or item.is_decode:
-                tables += [sequence.block_table] * item.count
-                lengths += [s + 1 for s in slots]
-            else:
-                chunks.append(self._chunk(item, slice(start, len(tokens))))
-        as_tensor = self._tensor
-        return Batch(
-            as_tensor(tokens),
-            as_tensor(positions),
-            as_tensor(blocks),
-            as_tensor(offsets),
-            pad_tables(tables, self.device),
-            as_tensor(lengths),
-            chunks,
-            last,
-        )
-
-    def _chunk(self, item: Item, rows: slice) -> Chunk:
-        sequence = item.sequence
-        kv_len = sequence.kv_len + item.count
-        table = sequence.block_table[: -(-kv_len // self.block_size)]
-        return Chunk(rows, self._tensor(table)[None], kv_len, sequence.compressed)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
