@@ -132,21 +132,20 @@ class _Collector(CausalAttention):
         """Add to the sums, rotate, attend."""
         spec = self.specs[layer]
         positions_N = self.positions_T.to(q_NHD.device).repeat(self.windows)
-        # At position 0 cosines are the factor of the rotation, sines zero.
-        q_NHD, k_NKD = q_NHD / spec.rope_scale, k_NKD / spec.rope_scale
         if spec.content_heads:
             kept_M = torch.nonzero(positions_N >= self.skip)[:, 0]
             for part_M in kept_M.split(SUM_TOKENS):
                 self._add(layer, "", q_NHD[part_M, : spec.content_heads])
                 content_keys = spec.content_heads // spec.group
                 self._add(layer, "k_", k_NKD[part_M, :content_keys])
-        scale = spec.rope_scale
-        q_NHD, k_NKD = (rotate(x, positions_N, spec) * scale for x in (q_NHD, k_NKD))
+        q_NHD, k_NKD = rotate(q_NHD, positions_N, spec), rotate(k_NKD, positions_N, spec)
         return super().__call__(layer, q_NHD, k_NKD, v_NKD)
 
     def _add(self, layer: int, prefix: str, x_MHD: Tensor) -> None:
         spec, x_MHD = self.specs[layer], x_MHD.double()
         bands_MHF2 = torch.stack(rotary_parts(x_MHD, spec.bands, spec.interleaved), dim=-1)
+        # At position 0 cosines are the factor of the rotation, sines zero.
+        bands_MHF2 = bands_MHF2 / spec.rope_scale
         rest_MHP = x_MHD[..., 2 * spec.bands :]
         square_MHF = bands_MHF2.square().sum(-1)
         band_prefix = prefix or "q_"
