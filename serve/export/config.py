@@ -87,3 +87,10 @@ def _set_sizes(target: Any, given: dict[str, Any]) -> None:
             f"tie_word_embeddings=True: the head has {config.head_rows} rows, expected "
             f"{config.vocab_size}; use vocab_multiple=1"
         )
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class when it is first asked for."""
+    if name != "LipschitzConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class()

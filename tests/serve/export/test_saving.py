@@ -1,5 +1,7 @@
 """Saving and loading the model of transformers; sizes that follow from one definition."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -81,3 +83,12 @@ def test_the_vocabulary_keeps_its_size(tiny: Any, wrap: Any) -> None:
     assert wrapped.resize_token_embeddings(tiny.vocab) is tiny.model.embedding
     with pytest.raises(ConfigError, match=f"exactly {tiny.vocab} token ids"):
         wrapped.resize_token_embeddings(tiny.vocab + 1)
+
+
+def test_copies_are_models_too(tiny: Any, wrap: Any) -> None:
+    """Oracle: the logits before copying; other processes get models by pickle."""
+    wrapped, tokens_BT = wrap(tiny.make_model()), random_tokens(tiny, 1, 9)
+    expected = wrapped(tokens_BT).logits
+    for other in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+        assert type(other) is type(wrapped)
+        assert torch.equal(other(tokens_BT).logits, expected)
