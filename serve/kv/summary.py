@@ -112,28 +112,26 @@ class Summary:
             is_gone_RKE: Which slots are evicted now.
             seen_R: A number above every position so far.
         """
-        clusters, old_count, old_centre = self.count.shape[2], self.count, self.centre
-        x_RKED = x_RKE2D.double().flatten(3)
-        into_RKC = self._widen(seen_R)[:, None].expand_as(old_count)
+        self._widen(seen_R)
+        clusters, old_count = self.count.shape[2], self.count
         where_RKE = positions_RKE.clamp(min=0)
         cluster_RKE = (where_RKE >> self.exponent[:, None, None]).clamp(max=clusters - 1)
-        ids_C = torch.arange(clusters, device=x_RKED.device)
-        member_RKEC = ((cluster_RKE[..., None] == ids_C) & is_gone_RKE[..., None]).double()
-        self.count = member_RKEC.sum(2).scatter_add_(2, into_RKC, old_count)
-        target_RKCD = into_RKC[..., None].expand(*into_RKC.shape, x_RKED.shape[3])
-        carried = old_count[..., None] * old_centre.flatten(3)
-        total = (member_RKEC.mT @ x_RKED).scatter_add_(2, target_RKCD, carried)
-        moved = total / self.count.clamp(min=1)[..., None]
-        self.centre = moved.view_as(old_centre)
-        # An old ball, seen from the new centre, grows by the shift.
-        shift = self._norms(moved.gather(2, target_RKCD) - old_centre.flatten(3))
+        ids_C = torch.arange(clusters, device=old_count.device)
+        is_member_RKEC = (cluster_RKE[..., None] == ids_C) & is_gone_RKE[..., None]
+        member_RKEC, x_RKE2D = is_member_RKEC.double(), x_RKE2D.double()
+        self.count = old_count + member_RKEC.sum(2)
+        total = (member_RKEC.mT @ x_RKE2D.flatten(3)).view_as(self.centre)
+        total += old_count[..., None, None] * self.centre
+        moved = total / self.count.clamp(min=1)[..., None, None]
+        # The old ball, seen from the new centre, grows by the shift.
+        shift = (moved - self.centre).norm(dim=-1)
         grown = (self.radius + shift).masked_fill_(old_count[..., None] == 0, 0.0)
-        index_RKED = cluster_RKE[..., None].expand_as(x_RKED)
-        far_RKE2 = self._norms(x_RKED - moved.gather(2, index_RKED)) * is_gone_RKE[..., None]
-        reached = torch.zeros_like(self.radius)
-        for ball, into in ((grown, into_RKC), (far_RKE2, cluster_RKE)):
-            reached.scatter_reduce_(2, into[..., None].expand_as(ball), ball, "amax")
-        self.radius = reached * (1 + outward(torch.float64))
+        first = torch.arange(0, old_count.numel(), clusters, device=ids_C.device)
+        own = first.view(cluster_RKE.shape[:2])[..., None] + cluster_RKE
+        own_RKE2D = moved.flatten(0, 2).index_select(0, own.flatten()).view_as(x_RKE2D)
+        far_RKE2 = own_RKE2D.sub_(x_RKE2D).norm(dim=-1) * is_gone_RKE[..., None]
+        self.centre = moved
+        self.radius = _largest(grown, far_RKE2, cluster_RKE)
         if self.is_gone.shape[2]:
             index = where_RKE.clamp(max=self.is_gone.shape[2] - 1)
             self.is_gone = self.is_gone.scatter_reduce(2, index, is_gone_RKE, "amax")
@@ -147,17 +145,34 @@ class Summary:
         sizes = (key_norm, key_radius, value_norm, value_radius)
         return Clusters(count, count.log(), keys, values, *sizes, self.is_gone)
 
-    @staticmethod
-    def _norms(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (2, -1)).norm(dim=-1)
-
-    def _widen(self, seen_R: Tensor) -> Tensor:
-        """Double segments until they cover ``seen_R``; return each old cluster's new one (R, C)."""
+    def _widen(self, seen_R: Tensor) -> None:
+        """Double segments until they cover ``seen_R``; clusters that now share one are joined."""
         clusters, device = self.count.shape[2], self.count.device
         reach = clusters << torch.arange(DOUBLINGS, device=device)
         needed_R = (reach < seen_R[:, None]).sum(1).maximum(self.exponent)
         shift_R, self.exponent = needed_R - self.exponent, needed_R
-        return torch.arange(clusters, device=device) >> shift_R[:, None]
+        # A device would have to be waited for.
+        if not shift_R.is_cuda and not bool(shift_R.any()):
+            return
+        ids_C = torch.arange(clusters, device=device)
+        into_RKC = (ids_C >> shift_R[:, None])[:, None].expand_as(self.count)
+        # Entry (c, b): old cluster b lies in the new cluster c.
+        joins_R1CB = (ids_C[:, None] == into_RKC[:, :1, None]).double()
+        total = joins_R1CB @ (self.count[..., None] * self.centre.flatten(3))
+        count = (joins_R1CB @ self.count[..., None])[..., 0]
+        moved = total / count.clamp(min=1)[..., None]
+        shift = (joins_R1CB.mT @ moved).view_as(self.centre) - self.centre
+        grown = self.radius + shift.norm(dim=-1)
+        grown.masked_fill_(self.count[..., None] == 0, 0.0)
+        self.radius = _largest(torch.zeros_like(grown), grown, into_RKC)
+        self.count, self.centre = count, moved.view_as(self.centre)
+
+
+def _largest(floor_RKC2: Tensor, x_RKE2: Tensor, into_RKE: Tensor) -> Tensor:
+    """Return the largest number that goes into each cluster, at least the floor, rounded up."""
+    into = into_RKE[..., None].expand_as(x_RKE2)
+    largest = floor_RKC2.scatter_reduce(2, into, x_RKE2, "amax")
+    return largest * (1 + outward(torch.float64))
 
 
 def segment_exponent(positions: int, clusters: int) -> int:

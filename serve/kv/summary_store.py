@@ -121,13 +121,16 @@ def _evicted(view: CacheView, keep_RKS: Tensor, part: slice, most: int) -> tuple
     is_filled = torch.arange(slots, device=tables_RN.device) < view.lengths_R[part, None]
     is_gone_RKS = is_filled[:, None].repeat(1, heads, 1).scatter_(2, keep_RKS, False)
     order_RKS = is_gone_RKS.byte().argsort(dim=-1, descending=True, stable=True)
-    slot_RKE = order_RKS[..., :most]
-    is_gone_RKE = is_gone_RKS.gather(2, slot_RKE)
+    is_gone_RKE = is_gone_RKS.gather(2, order_RKS[..., :most])
+    # Padding reads the first slot, which is filled: zero times a stale NaN would not be zero.
+    slot_RKE = order_RKS[..., :most] * is_gone_RKE
     pages_RKN = tables_RN.long()[:, None].expand(-1, heads, -1)
     block_RKE = pages_RKN.gather(2, slot_RKE // block_size)
     head_K1 = torch.arange(heads, device=tables_RN.device)[:, None]
-    where = (block_RKE, head_K1, slot_RKE % block_size)
-    x_RKE2D = torch.stack((view.k_pool[where], view.v_pool[where]), dim=3)
-    # Stale slots may hold anything; zero times NaN would not be zero.
-    x_RKE2D.masked_fill_(~is_gone_RKE[..., None, None], 0)
-    return x_RKE2D, view.pos_pool[where].long(), is_gone_RKE, view.positions_R[part]
+    flat = ((block_RKE * heads + head_K1) * block_size + slot_RKE % block_size).flatten()
+    k_RKED, v_RKED, positions_RKE = (
+        pool.view(-1, *pool.shape[3:]).index_select(0, flat).unflatten(0, slot_RKE.shape)
+        for pool in (view.k_pool, view.v_pool, view.pos_pool)
+    )
+    x_RKE2D = torch.stack((k_RKED, v_RKED), dim=3)
+    return x_RKE2D, positions_RKE.long(), is_gone_RKE, view.positions_R[part]
