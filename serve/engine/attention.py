@@ -109,12 +109,12 @@ class PagedAttention:
         batch, pool, spec = self.batch, self.pools[layer], self.specs[layer]
         tables, positions_R = batch.tables, self._positions_R
         if tables.plan is not None:
-            o_RHD, z_RKGS = tables.plan.attend(
+            o_RHD, z_RHS = tables.plan.attend(
                 layer, q_RHD, pool, spec, positions_R, self._is_out_RS
             )
             if self.listener is None:
                 return o_RHD
-            lse_RH = z_RKGS.logsumexp(-1).flatten(1)
+            lse_RH = z_RHS.logsumexp(-1)
         else:
             o_RHD, lse_RH = paged_decode(
                 q_RHD,

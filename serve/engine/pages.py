@@ -11,7 +11,6 @@ the data, are brought from the order of pages to that of rows and back.
 from collections.abc import Sequence as Rows
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from serve.decoder import LayerSpec
@@ -20,7 +19,7 @@ from serve.engine.pools import LayerPool
 BRIDGE = 4  # foreign pages that are read along rather than start another range
 
 
-# Which pages * K it covers, its keys (.., D, B) and its values (.., B, D).
+# Which (page, head) pairs it covers, their keys (.., D, B) and their values (.., B, D).
 Segment = tuple[slice, Tensor, Tensor]
 
 
@@ -36,26 +35,24 @@ class PagePlan:
     """
 
     def __init__(self, tables: Rows[Rows[int]], ranges: Rows[range], device: torch.device) -> None:
-        self.rows, self.ranges = len(tables), ranges
+        self.rows, self.ranges, self.width = len(tables), ranges, max(map(len, tables))
         place = {block: page for page, block in enumerate(b for part in ranges for b in part)}
-        width = max(map(len, tables))
         row_P, entry_P = [0] * len(place), [0] * len(place)
         entries, owned, starts = list[int](), list[int](), list[int]()
         for row, table in enumerate(tables):
             pages = [place[block] for block in table]
             starts.append(len(owned))
             owned += pages
-            entries += pages + [0] * (width - len(pages))
+            entries += pages + [0] * (self.width - len(pages))
             for index, page in enumerate(pages):
-                row_P[page], entry_P[page] = row, row * width + index
-        # Most often a single row whose pages lie in its own order: nothing to bring anywhere.
-        self.is_ordered = self.rows == 1 and entries == list(range(len(place)))
-        self.pages = len(place)
-        lists = (row_P, entries, entry_P, owned, starts)
+                row_P[page], entry_P[page] = row, index
+        lists = (row_P, entry_P, entries, owned, starts)
         tensors = [torch.tensor(x, dtype=torch.int64, device=device) for x in lists]
-        # Of each page its row and its table entry; of each table entry its page; padding is 0.
-        self.row_P, self.page_M, self.entry_P, self.owned, self.starts_R = tensors
+        # Row and place in its table of each page; 0 for foreign ones. Page of each table entry; 0
+        # for padding, which is left out of ``owned``.
+        self.row_P, self.entry_P, self.page_RW, self.owned, self.starts_R = tensors
         self._segments: dict[int, list[Segment]] = {}
+        self._lines: dict[int, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, tables: Rows[Rows[int]], device: torch.device) -> "PagePlan | None":
@@ -83,27 +80,28 @@ class PagePlan:
             is_out_RS: Which slots are not filled; at least one of each row is.
 
         Returns:
-            Outputs (R, H, D), logits (R, K, G, S); minus infinity in slots that are not seen.
+            Outputs (R, H, D), logits (R, H, S); minus infinity in slots that are not seen.
         """
-        heads, width = q_RHD.shape[1:]
-        kv_heads, size = pool.keys.shape[1:3]
-        group, all_heads = heads // kv_heads, self.pages * kv_heads
+        rows, heads, width = q_RHD.shape
+        pages, kv_heads, size = len(self.row_P), *pool.keys.shape[1:3]
+        shape = (pages * kv_heads, heads // kv_heads)
+        q_PGD = q_RHD.index_select(0, self.row_P).view(*shape, width)
+        z_PGB = q_RHD.new_empty(*shape, size)
         segments = self._segments_of(layer, pool)
-        q_PGD = q_RHD.index_select(0, self.row_P).view(all_heads, group, width)
-        z_PGB = q_RHD.new_empty(all_heads, group, size)
         for part, keys, _ in segments:
             # The first argument does not count: beta is 0.
-            torch.baddbmm(z_PGB[part], q_PGD[part], keys, beta=0, alpha=spec.scale, out=z_PGB[part])
-        z_RKGS = self._by_row(z_PGB.view(self.pages, kv_heads, group, size))
+            z_part = z_PGB[part]
+            torch.baddbmm(z_part, q_PGD[part], keys, beta=0, alpha=spec.scale, out=z_part)
+        to_rows, to_pages = self._lines_of(heads)
+        z_RHS = z_PGB.view(-1, size).index_select(0, to_rows).view(rows, heads, -1)
         if spec.bias_HT is not None or spec.sliding_window is not None:
-            distance_RKS = self._distances(pool.positions, positions_R, is_out_RS)
-            z_RKGS = _shifted(z_RKGS, distance_RKS, spec)
-        z_RKGS.masked_fill_(is_out_RS[:, None, None], -torch.inf)
-        weights_PGB = self._by_page(z_RKGS.softmax(-1), size).view(all_heads, group, size)
-        o_PGD = torch.empty_like(q_PGD)
+            self._shift(z_RHS, pool.positions, spec, positions_R, is_out_RS)
+        z_RHS.masked_fill_(is_out_RS[:, None], -torch.inf)
+        weights_PGB = z_RHS.softmax(-1).view(-1, size).index_select(0, to_pages)
+        weights_PGB, o_PGD = weights_PGB.view_as(z_PGB), torch.empty_like(q_PGD)
         for part, _, values in segments:
             torch.bmm(weights_PGB[part], values, out=o_PGD[part])
-        return self._total(o_PGD.view(self.pages, heads * width)).view(q_RHD.shape), z_RKGS
+        return self._total(o_PGD.view(pages, -1)).view(rows, heads, width), z_RHS
 
     def _segments_of(self, layer: int, pool: LayerPool) -> list[Segment]:
         if layer not in self._segments:
@@ -118,31 +116,43 @@ class PagePlan:
             self._segments[layer] = found
         return self._segments[layer]
 
-    def _by_row(self, z_PKGB: Tensor) -> Tensor:
-        """Return (R, K, G, S) of what there is per page."""
-        if not self.is_ordered:
-            z_PKGB = z_PKGB.index_select(0, self.page_M)
-        z_RWKGB = z_PKGB.unflatten(0, (self.rows, -1))
-        return z_RWKGB.permute(0, 2, 3, 1, 4).flatten(3)
+    def _lines_of(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Return, with B slots to a line, the line of (P, H) at each of (R, H, W), and back."""
+        if heads not in self._lines:
+            head_H1 = torch.arange(heads, device=self.row_P.device)[:, None]
+            to_rows = self.page_RW.view(self.rows, 1, -1) * heads + head_H1
+            to_pages = (self.row_P * heads + head_H1) * self.width + self.entry_P
+            self._lines[heads] = to_rows.flatten(), to_pages.T.flatten()
+        return self._lines[heads]
 
-    def _by_page(self, x_RKGS: Tensor, size: int) -> Tensor:
-        x_RWKGB = x_RKGS.unflatten(3, (-1, size)).permute(0, 3, 1, 2, 4)
-        if self.is_ordered:
-            return x_RWKGB.contiguous()
-        return x_RWKGB.flatten(0, 1).index_select(0, self.entry_P)
+    def _shift(
+        self,
+        z_RHS: Tensor,
+        pos_pool: Tensor,
+        spec: LayerSpec,
+        positions_R: Tensor,
+        is_out_RS: Tensor,
+    ) -> None:
+        """Add the relative-position bias to logits, and hide what is outside the window."""
+        rows, kv_heads = len(z_RHS), spec.kv_heads
+        pos_PKB = torch.cat([pos_pool[part.start : part.stop] for part in self.ranges])
+        to_rows, _ = self._lines_of(kv_heads)
+        pos_RKS = pos_PKB.flatten(0, 1).index_select(0, to_rows).view(rows, kv_heads, -1)
+        distance_RKS = positions_R[:, None, None] - pos_RKS
+        distance_RHS = distance_RKS.repeat_interleave(spec.group, dim=1)
+        if spec.bias_HT is not None:
+            # What stands in unfilled slots may be no position at all.
+            index_RHS = distance_RHS.masked_fill(is_out_RS[:, None], 0)
+            table_RHT = spec.bias_HT.to(z_RHS.dtype).expand(rows, -1, -1)
+            z_RHS += table_RHT.gather(2, index_RHS)
+        if spec.sliding_window is not None:
+            z_RHS.masked_fill_(distance_RHS >= spec.sliding_window, -torch.inf)
 
     def _total(self, o_PO: Tensor) -> Tensor:
         """Return the sum over each row's pages, in the order of its table."""
-        if self.rows > 1:
-            return F.embedding_bag(self.owned, o_PO, self.starts_R, mode="sum")
-        return (o_PO if self.is_ordered else o_PO.index_select(0, self.owned)).sum(0)
-
-    def _distances(self, pos_pool: Tensor, positions_R: Tensor, is_out_RS: Tensor) -> Tensor:
-        """Return how far each slot lies before its row's query (R, K, S); 0 if unfilled."""
-        pos_PKB = torch.cat([pos_pool[part.start : part.stop] for part in self.ranges])
-        pos_RKS = self._by_row(pos_PKB[:, :, None])[:, :, 0]
-        distance_RKS = positions_R[:, None, None] - pos_RKS
-        return distance_RKS.masked_fill(is_out_RS[:, None], 0)
+        if self.rows == 1:
+            return o_PO.index_select(0, self.owned).sum(0)
+        return torch.embedding_bag(o_PO, self.owned, self.starts_R, mode=0)[0]
 
 
 def _ranges(blocks: list[int]) -> list[range] | None:
@@ -157,13 +167,3 @@ def _ranges(blocks: list[int]) -> list[range] | None:
         else:
             ranges.append(range(block, block + 1))
     return ranges
-
-
-def _shifted(z_RKGS: Tensor, distance_RKS: Tensor, spec: LayerSpec) -> Tensor:
-    """Add the relative-position bias; hide what is outside the window."""
-    if spec.bias_HT is not None:
-        heads_KG1 = torch.arange(spec.heads, device=z_RKGS.device).view(spec.kv_heads, -1, 1)
-        z_RKGS += spec.bias_HT.to(z_RKGS.dtype)[heads_KG1, distance_RKS[:, :, None]]
-    if spec.sliding_window is not None:
-        z_RKGS.masked_fill_((distance_RKS >= spec.sliding_window)[:, :, None], -torch.inf)
-    return z_RKGS
