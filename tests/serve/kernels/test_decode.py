@@ -161,7 +161,7 @@ PROGRAM = """
         if index in (0, 4):
             length = (length[:, None] - torch.tensor([0, 5])).clamp(min=0)
         q = torch.randn(rows, kv_heads * group, width).to(dtype)
-        bias = torch.randn(kv_heads * group, 700) if index in (1, 3) else None
+        bias = torch.randn(kv_heads * group, 700) if index in (1, 3, 4) else None
         window = 300 if index in (2, 3, 4) else None
         where = torch.full((rows,), 620)
         arguments = (tables, length, where, 0.3)
@@ -178,7 +178,7 @@ PROGRAM = """
         assert gap(o, want_o) < tolerance, index
         if index == 4:
             alone = kernels.paged_decode(
-                q[1:], *pools, position, tables[1:, :2], length[1:], where[1:], 0.3,
+                q[1:], *pools, position, tables[1:, :2], length[1:], where[1:], 0.3, bias,
                 window=window, backend="triton",
             )
             assert torch.equal(alone[0], o[1:]) and torch.equal(alone[1], lse[1:])

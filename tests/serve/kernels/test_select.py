@@ -15,7 +15,7 @@ def random_scores(seed, *, rows=3, heads=2, slots=40, levels=None):
     scores = torch.randn(shape, generator=generator)
     if levels:
         scores = torch.randint(levels, shape, generator=generator).float() - levels // 2
-        scores[scores == 0] *= -1.0  # minus zero ties with zero
+        scores[..., ::2] *= -1.0  # minus zero ties with zero
     positions = torch.rand(shape, generator=generator).argsort(-1)
     scores[positions < 3] = math.inf
     for row in range(rows):
