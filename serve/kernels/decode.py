@@ -21,44 +21,74 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+def _share(length, SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """Return the slots of a program: they follow from the row's length alone, in every batch."""
+    return tl.cdiv(tl.maximum(SPLIT, tl.cdiv(length, MOST_SPLITS)), TILE) * TILE
+
+
+@triton.jit
+def _adjusted(
+    z,
+    is_in,
+    is_head,
+    line,
+    query_pos,
     pos_ptr,
-    table_ptr,
-    length_ptr,
-    query_pos_ptr,
-    bias_ptr,
-    o_ptr,
-    lse_ptr,
-    scale,
+    bias_line,
     window,
-    table_stride,
-    length_row_stride,
-    length_head_stride,
-    bias_stride,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
+    """Add position biases to logits (G, tile) in base 2; hide slots outside row and window."""
+    if HAS_BIAS or HAS_WINDOW:
+        distance = query_pos - tl.load(pos_ptr + line, mask=is_in, other=0)
+        if HAS_BIAS:
+            in_bias = is_head[:, None] & is_in[None, :]
+            bias = tl.load(bias_line[:, None] + distance[None, :], mask=in_bias, other=0.0)
+            z += bias.to(tl.float32) * LOG2_E
+        if HAS_WINDOW:
+            is_in = is_in & (distance < window)
+    return tl.where(is_in[None, :], z, float("-inf"))
+
+
+@triton.jit
+def _fold(z, v, top, total, mixed):
+    """Take a tile's logits and values into the running maximum, sum and mixture."""
+    new_top = tl.maximum(top, tl.max(z, axis=1))
+    # Before the first key the maximum is -inf: a finite stand-in keeps the weights at zero.
+    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(z - safe_top[:, None])
+    shrink = tl.exp2(top - safe_top)
+    total = total * shrink + tl.sum(weight, axis=1)
+    mixed = mixed * shrink[:, None]
+    mixed += tl.dot(weight.to(v.dtype), v, input_precision="tf32x3")
+    return new_top, total, mixed
+
+
+@triton.jit
+def _write(o_ptr, lse_ptr, out, column, in_query, is_head, top, total, mixed, WIDTH: tl.constexpr):
+    """Store the mixture of one split and its log-sum-exp."""
+    some = tl.where(total > 0, total, 1.0)
+    o = mixed / some[:, None]
+    o_line = o_ptr + out[:, None] * WIDTH + column[None, :]
+    tl.store(o_line, o.to(o_ptr.dtype.element_ty), mask=in_query)
+    lse = tl.where(total > 0, (top + tl.log2(some)) * LN_2, float("-inf"))
+    tl.store(lse_ptr + out, lse, mask=is_head)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, pos_ptr, table_ptr, length_ptr, query_pos_ptr, bias_ptr, o_ptr, lse_ptr,
+    scale, window, table_stride, length_row_stride, length_head_stride, bias_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length_ptr += row * length_row_stride + kv_head * length_head_stride
     length = tl.load(length_ptr).to(tl.int32)
-    # The parts of a row follow from its length alone: its result is the same in every batch.
-    share = tl.cdiv(tl.maximum(SPLIT, tl.cdiv(length, MOST_SPLITS)), TILE) * TILE
+    share = _share(length, SPLIT, MOST_SPLITS, TILE)
     begin = split * share
     end = tl.minimum(begin + share, length)
     member = tl.arange(0, GROUP_PADDED)
@@ -88,31 +118,12 @@ def _decode_kernel(
             k = k.to(tl.float32)
             v = v.to(tl.float32)
         z = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (scale * LOG2_E)
-        if HAS_BIAS or HAS_WINDOW:
-            distance = query_pos - tl.load(pos_ptr + line, mask=is_in, other=0)
-            if HAS_BIAS:
-                in_bias = is_head[:, None] & is_in[None, :]
-                bias = tl.load(bias_line[:, None] + distance[None, :], mask=in_bias, other=0.0)
-                z += bias.to(tl.float32) * LOG2_E
-            if HAS_WINDOW:
-                is_in = is_in & (distance < window)
-        z = tl.where(is_in[None, :], z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(z, axis=1))
-        # Before the first key the maximum is -inf: a finite stand-in keeps the weights at zero.
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(z - safe_top[:, None])
-        shrink = tl.exp2(top - safe_top)
-        total = total * shrink + tl.sum(weight, axis=1)
-        mixed = mixed * shrink[:, None]
-        mixed += tl.dot(weight.to(v.dtype), v, input_precision="tf32x3")
-        top = new_top
-    out = head * splits + split
-    some = tl.where(total > 0, total, 1.0)
-    o = mixed / some[:, None]
-    o_line = o_ptr + out[:, None] * WIDTH + column[None, :]
-    tl.store(o_line, o.to(o_ptr.dtype.element_ty), mask=in_query)
-    lse = tl.where(total > 0, (top + tl.log2(some)) * LN_2, float("-inf"))
-    tl.store(lse_ptr + out, lse, mask=is_head)
+        z = _adjusted(
+            z, is_in, is_head, line, query_pos, pos_ptr, bias_line, window, HAS_BIAS, HAS_WINDOW
+        )
+        top, total, mixed = _fold(z, v, top, total, mixed)
+    out = head * tl.num_programs(2) + split
+    _write(o_ptr, lse_ptr, out, column, in_query, is_head, top, total, mixed, WIDTH)
 
 
 @triton.jit
