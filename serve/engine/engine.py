@@ -38,6 +38,7 @@ from serve.engine.summaries import Summaries
 from serve.kv import Policy
 from serve.kv.eviction import EvictionLedger
 from serve.kv.positional_certificate import positional_certificate
+from serve.kv.selection import check_sharing
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,9 @@ class EngineCore:
         stats: Calibration statistics of each layer, for policies that need them.
         ledger: Bounds what eviction did to the logits, token by token; None bounds nothing.
         eos_ids: Tokens that end a text unless its parameters ignore them.
+
+    Raises:
+        ConfigError: for a policy whose heads cannot share sets in this model.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class EngineCore:
         self.decoder, self.config = as_decoder(model), config or EngineConfig()
         self.policy, self.stats = policy, None if stats is None else list(stats)
         decoder, config = self.decoder, self.config
+        if policy is not None:
+            check_sharing(policy, decoder.layers)
         blocks = BlockManager(pool_blocks(decoder, config), config.block_size)
         salt = f"{decoder.fingerprint} {decoder.dtype}" if config.prefix_caching else ""
         self.scheduler = Scheduler(config, blocks, salt)

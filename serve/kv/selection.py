@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
+from serve.decoder import LayerSpec
 from serve.kernels import select_slots
 from serve.kv.policy import Policy
 from serve.kv.positional import future_mass
@@ -37,6 +38,18 @@ def is_protected(policy: Policy, positions_RKS: Tensor, prompts_R: Tensor) -> Te
     return (positions_RKS >= 0) & (is_recent | is_pinned)
 
 
+def check_sharing(policy: Policy, layers: Sequence[LayerSpec]) -> None:
+    """Raise ``ConfigError`` if heads are to share sets and the layers differ in their number."""
+    if policy.budget is None or policy.selection != "per_head":
+        return
+    counts = sorted({spec.kv_heads for spec in layers if spec.sliding_window is None})
+    if len(counts) > 1:
+        raise ConfigError(
+            f"kv.selection=per_head: the layers have different numbers of key/value heads, {counts}"
+            "; choose per_layer_per_head or union"
+        )
+
+
 def choose(policy: Policy, views: Sequence[CacheView], budget: int) -> list[Tensor]:
     """Score the cache and return the surviving slots.
 
@@ -52,6 +65,7 @@ def choose(policy: Policy, views: Sequence[CacheView], budget: int) -> list[Tens
     Raises:
         ConfigError: if heads are to share sets and the layers have different numbers of them.
     """
+    check_sharing(policy, [view.spec for view in views])
     scores = [_scores(policy, view) for view in views]
     if policy.selection != "per_layer_per_head":
         scores = _shared(policy, views, scores)
@@ -121,14 +135,11 @@ def _shared(policy: Policy, views: Sequence[CacheView], scores: Sequence[Tensor]
         for view, score, is_full in zip(views, scores, full, strict=True)
         if is_full
     ]
+    if not used:
+        return list(scores)
     if policy.selection == "union":
         common_QKS = torch.stack([x.amax((0, 2)) for x in used]).amax(0)[:, None]
     else:
-        if len({x.shape[2] for x in used}) > 1:
-            raise ConfigError(
-                "kv.selection=per_head: the layers have different numbers of key/value heads;"
-                " choose per_layer_per_head or union"
-            )
         common_QKS = torch.cat(used).mean(0)
     shared = []
     for view, score, is_full in zip(views, scores, full, strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.bundle import Bundle, save_bundle
-from common.errors import LipError
+from common.errors import ConfigError, LipError
 from common.models import LipschitzTransformer, ModelConfig
 from common.tokenizer import ByteTokenizer
 from serve import LLM, EngineConfig, SamplingParams
@@ -20,7 +20,7 @@ PARAMS = SamplingParams(seed=1, max_tokens=8)
 MODEL = {"vocab_size": 256, "width": 24, "layers": 2, "heads": 2, "context": CONTEXT}
 
 
-def make_bundle(folder, **changes: int) -> Bundle:
+def make_bundle(folder, **changes: int | tuple[int, ...]) -> Bundle:
     """Return a calibrated bundle of a tiny model."""
     torch.manual_seed(0)
     model = LipschitzTransformer(ModelConfig(**(MODEL | changes))).eval().requires_grad_(False)
@@ -97,6 +97,14 @@ def test_statistics_of_another_model_are_refused(served: SimpleNamespace, tmp_pa
     with pytest.raises(LipError) as caught:
         LLM(mixed, kv="triattention")
     assert "\n" not in str(caught.value)
+
+
+def test_sets_that_layers_cannot_share_are_refused_at_the_start(tmp_path) -> None:
+    """Oracle: the documented error before any request, not one for each of them later."""
+    bundle = make_bundle(tmp_path / "uneven", heads=(2, 3))
+    kv = WindowPolicy(budget=16, interval=4, sinks=2, window=4, selection="per_head")
+    with pytest.raises(ConfigError, match=r"per_head.*\[2, 3\]; choose per_layer_per_head"):
+        LLM(bundle, kv=kv)
 
 
 def test_the_longest_prompt_has_room_for_one_token(served: SimpleNamespace) -> None:

@@ -160,6 +160,15 @@ def test_per_head_needs_equal_numbers_of_heads(cache):
         choose(policy, [wide, narrow], 7)
 
 
+@pytest.mark.parametrize("selection", ["union", "per_head"])
+def test_sliding_windows_alone_have_nothing_to_share(cache, selection):
+    """Oracle: the most recent slots, as without sharing."""
+    view = cache.make_view(dataclasses.replace(cache.make_spec(), sliding_window=8))
+    own = PlainPolicy(budget=7, sinks=1, window=2)
+    shared = dataclasses.replace(own, selection=selection)
+    assert torch.equal(choose(shared, [view], 7)[0], choose(own, [view], 7)[0])
+
+
 def test_standardized_scores_have_mean_zero_and_deviation_one():
     """Property: over the candidates; an affine change of the scores changes nothing."""
     torch.manual_seed(5)
