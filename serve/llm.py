@@ -4,7 +4,7 @@ import copy
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +99,9 @@ class LLM:
                 too large for the pool; then nothing is generated.
             ConfigError: if the number of parameters differs from that of the prompts.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = _plain(prompts)
+        is_list = isinstance(given, Iterable) and not isinstance(given, str)
+        texts: list[Any] = list(given) if is_list else [given]
         if not texts:
             raise DataError("there is no prompt: expected at least one; add it")
         if isinstance(params, Rows):
@@ -128,10 +130,20 @@ class LLM:
         return [RequestOutput.joined(part) for part in pieces]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt; ids stay as they are."""
+        """Return the token ids of a prompt; ids stay as they are.
+
+        Raises:
+            DataError: for text that the tokenizer does not know, or what is neither text nor ids.
+        """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt).tolist()
-        return [token.item() if hasattr(token, "item") else token for token in prompt]
+        plain = _plain(prompt)
+        if isinstance(plain, bytes) or not isinstance(plain, Iterable):
+            raise DataError(
+                f"prompt {plain!r}: expected text or a list of token ids; give a list of prompts, "
+                "each of them one or the other"
+            )
+        return [_plain(token) for token in plain]
 
     def reader(self, sequence: Sequence) -> Reader:
         """Return what reads the news of one of the engine's sequences."""
@@ -170,6 +182,11 @@ class LLM:
         """Tell the engine of a stop string, which only the text shows."""
         if piece.finish_reason is not None:
             self.core.finish(sequence, piece.finish_reason)
+
+
+def _plain(value: Any) -> Any:
+    """Return the numbers of an array or tensor as Python has them; other values as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _work(sequence: Sequence, *, whole: bool = False) -> int:

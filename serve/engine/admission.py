@@ -51,8 +51,10 @@ class Admission:
         Raises:
             DataError: if the prompt is empty, foreign to the vocabulary or leaves no room in the
                 context.
-            ConfigError: for parameters that name tokens outside the vocabulary.
+            ConfigError: for parameters that name tokens outside the vocabulary, or are none.
         """
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"params={params!r}: expected SamplingParams(...); construct it")
         check_prompt(prompt, self.vocab_size, self.context)
         self._check_tokens("logit_bias", params.logit_bias)
         self._check_tokens("stop_token_ids", params.stop_token_ids)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,30 @@ def test_generate_rejects_bad_prompts_and_generates_nothing(bundle: Bundle) -> N
         assert not llm.core.has_work
     with pytest.raises(ConfigError, match="2 sampling parameters for 1 prompts"):
         llm.generate(["a"], [PARAMS, PARAMS])
+    with pytest.raises(ConfigError, match=r"'n': 2.*expected SamplingParams"):
+        llm.generate(["a"], {"n": 2})  # type: ignore[arg-type]
     assert len(llm.generate("a", PARAMS)[0].token_ids) == 24
+
+
+@pytest.mark.parametrize(
+    "prompts", [None, 7, b"ab", [1, 2], [None], [b"ab"], torch.tensor([1, 2]), torch.tensor(3)]
+)
+def test_what_is_no_list_of_prompts_is_one_line(bundle: Bundle, prompts: Any) -> None:
+    """Oracle: the error contract; a single list of ids is a mistake too: it is no list of texts."""
+    llm = LLM(bundle)
+    with pytest.raises(DataError, match="expected text or a list of token ids") as caught:
+        llm.generate(prompts, PARAMS)
+    assert "\n" not in str(caught.value)
+    assert not llm.core.has_work
+
+
+def test_tensors_are_token_ids(bundle: Bundle) -> None:
+    """Oracle: the same ids as plain lists."""
+    llm = LLM(bundle)
+    plain, given = ([1, 2], [3, 4]), torch.tensor([[1, 2], [3, 4]])
+    assert [o.text for o in llm.generate(given, PARAMS)] == [
+        o.text for o in llm.generate(list(plain), PARAMS)
+    ]
 
 
 def test_interruption_leaves_an_empty_engine(
