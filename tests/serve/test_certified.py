@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from common.errors import CertificateError, ConfigError
 from common.models import LipschitzTransformer, ModelConfig
 from serve.engine.companions import Companion
 from serve.engine.config import EngineConfig
@@ -59,12 +60,13 @@ def make_policy(name, budget=10, **changes):
     return policy_by_name(kind, **(fields | options | changes))
 
 
-def make_core(model, policy, *, clusters=4, max_num_seqs=4):
+def make_core(model, policy, *, clusters=4, max_num_seqs=4, **settings):
     """An engine with a ledger of the certificate from operator norms: valid, quick, not tight."""
     tokens = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(8))
     stats = layer_stats(calibrate(model, [tokens]), model)
     ledger = EvictionLedger(model, certify(model, tighten=False), clusters=clusters)
-    config = EngineConfig(max_num_seqs=max_num_seqs, block_size=4, prefix_caching=False, debug=True)
+    settings |= {"max_num_seqs": max_num_seqs, "block_size": 4, "prefix_caching": False}
+    config = EngineConfig(**settings, debug=True)
     return EngineCore(model, config, policy, stats, ledger)
 
 
@@ -85,7 +87,7 @@ def run(core, texts, max_tokens=20, **options):
         record(sequences, logits_RV)
 
     core.companions.record = noting
-    params = SamplingParams(temperature=1.0, seed=5, max_tokens=max_tokens, **options)
+    params = SamplingParams(**({"temperature": 1.0, "seed": 5} | options), max_tokens=max_tokens)
     sequences = [core.add(text, params) for text in texts]
     while core.has_work:
         core.step()
@@ -155,3 +157,149 @@ def test_certified_deviation_dominates_the_true_one(kind, policy):
         assert bool((bound.diff() >= 0).all())
         proved = torch.tensor(sequence.keeps_top1)
         assert torch.equal(logits[sequence].argmax(1)[proved], full.argmax(1)[proved])
+
+
+def check_deviation(model, sequences, logits):
+    """Compare with full attention on the same tokens."""
+    for sequence in sequences:
+        full = model(torch.tensor(sequence.tokens[:-1])[None])[0, -len(sequence.output) :]
+        moved = (logits[sequence] - full).square().mean(1).sqrt()
+        assert bool((moved <= torch.tensor(sequence.deviations) + IDENTITY).all())
+    assert float(moved.max()) > 1e-6
+
+
+@pytest.mark.parametrize("policy", ["window", "knorm_summary"])
+def test_prompt_chunks_over_compressed_caches_are_bounded(policy):
+    """Oracle: full attention; prompts are compacted while they are read, seven tokens at a time."""
+    model = make_model("mixed", seed=3, gain=0.8)
+    settings = {"max_num_batched_tokens": 7}
+    core = make_core(model, make_policy(policy, compress_prefill=True), **settings)
+    counts, observe = [], core.ledger.observe
+    core.ledger.observe = lambda *given: (counts.append(len(given[1])), observe(*given))
+    sequences, logits = run(core, prompts([41, 38]), max_tokens=4)
+    assert max(counts) > 3
+    assert all(sequence.deviations[0] > 0 for sequence in sequences)
+    check_deviation(model, sequences, logits)
+
+
+def test_a_request_that_does_not_ask_costs_nothing_and_changes_nothing():
+    """Oracle: the others' figures without it; its own tokens are those it gets anyway."""
+    model = make_model("content_and_bias", gain=0.8)
+    policy, texts = make_policy("window_summary"), prompts([17, 23])
+    core = make_core(model, policy)
+    asking = run(core, texts[:1])[0][0]
+    alone = run(make_core(model, policy), texts[1:])[0][0]
+    core = make_core(model, policy)
+    params = {"temperature": 1.0, "seed": 5, "max_tokens": 20}
+    silent = core.add(texts[1], SamplingParams(**params, certified=False))
+    other = core.add(texts[0], SamplingParams(**params))
+    opened, rows = core.ledger.open, []
+    core.ledger.open = lambda: rows.append(opened()) or rows[-1]
+    while core.has_work:
+        core.step()
+    assert silent.output == alone.output
+    assert silent.deviations == silent.keeps_top1 == silent.radii == []
+    assert len(rows) == 1
+    assert other.deviations == pytest.approx(asking.deviations, rel=1e-9)
+    assert other.radii == pytest.approx(asking.radii, rel=1e-9)
+
+
+def test_bounds_do_not_depend_on_the_batch():
+    """Oracle: each request in an engine of its own, float64."""
+    model = make_model("mixed", gain=0.8)
+    policy, texts = make_policy("triattention_summary"), prompts([17, 9, 30, 22])
+    together = run(make_core(model, policy), texts)[0]
+    for text, sequence in zip(texts, together, strict=True):
+        (alone,) = run(make_core(model, policy), [text])[0]
+        assert alone.output == sequence.output
+        assert alone.deviations == pytest.approx(sequence.deviations, rel=1e-9)
+        assert alone.keeps_top1 == sequence.keeps_top1
+        assert alone.radii == pytest.approx(sequence.radii, rel=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["window", "window_summary"])
+def test_top_token_survives_every_change_within_the_radius(policy):
+    """Oracle: the full model on embeddings moved by the radius, at random and uphill."""
+    model = make_model("positional", seed=2, gain=0.5, slope=2.0)
+    core = make_core(model, make_policy(policy, budget=20), clusters=8)
+    (sequence,), logits = run(core, prompts([12]), max_tokens=24)
+    assert all(sequence.keeps_top1)
+    limit, tokens = core.ledger.certificate.radius, torch.tensor(sequence.tokens[:-1])
+    x_TC, first = model.embed(tokens), len(sequence.tokens[:-1]) - len(sequence.output)
+    for index in (0, 12, 23):
+        end, radius = first + index + 1, sequence.radii[index]
+        top, runner_up = logits[sequence][index].topk(2).indices.tolist()
+        assert radius > 0
+        moved = x_TC[:end].clone().requires_grad_()
+        row = model.logits(model.stream(moved[None]))[0, -1]
+        (uphill,) = torch.autograd.grad(row[runner_up] - row[top], moved)
+        for direction in (uphill, torch.randn_like(uphill), torch.randn_like(uphill)):
+            step = radius * direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-300)
+            y_TC = x_TC[:end] + step
+            y_TC = y_TC * (limit / y_TC.norm(dim=1, keepdim=True)).clamp(max=1)
+            assert int(model.logits(model.stream(y_TC[None]))[0, -1].argmax()) == top
+
+
+def test_radius_is_what_the_bound_leaves_of_the_margin():
+    """Oracle: by hand from the head's rows, before anything is evicted and after."""
+    model = make_model("content", gain=0.4)
+    core = make_core(model, make_policy("window"))
+    (sequence,), logits = run(core, prompts([6]), max_tokens=16)
+    assert sequence.deviations[0] == 0.0
+    assert sequence.deviations[-1] > 0.0
+    certificate, rows_VC = core.ledger.certificate, model.head.weight
+    to_logits = certificate.head_norm / math.sqrt(VOCAB)
+    for z_V, bound, kept, radius in zip(
+        logits[sequence], sequence.deviations, sequence.keeps_top1, sequence.radii, strict=True
+    ):
+        top = int(z_V.argmax())
+        others = torch.arange(VOCAB) != top
+        apart_V = (rows_VC[top] - rows_VC).norm(dim=1) * model.config.final_scale
+        distance = float(((z_V[top] - z_V) / apart_V)[others].min())
+        left = distance - bound / to_logits
+        assert kept == (left > 0)
+        assert radius == pytest.approx(max(left, 0) / certificate.stream, rel=1e-6)
+
+
+def test_steep_biases_make_eviction_harmless_and_provably_so():
+    """Property: a positional head that ignores the far past has a tiny certified error."""
+    model = make_model("positional", slope=3.0)
+    core = make_core(model, make_policy("window", budget=20))
+    (sequence,), logits = run(core, prompts([12]), max_tokens=24)
+    full = model(torch.tensor(sequence.tokens[:-1])[None])[0, -24:]
+    assert sequence.deviations[-1] < 1e-6
+    assert all(sequence.keeps_top1)
+    assert torch.equal(logits[sequence].argmax(1), full.argmax(1))
+
+
+def test_deviation_equals_the_certificates_error_recursion():
+    """Oracle: ``Certificate.logit_deviation`` with zero for the MLP blocks."""
+    model = make_model("content_and_bias")
+    core = make_core(model, make_policy("window"))
+    close, deltas = core.ledger.close, []
+    core.ledger.close = lambda row: (deltas.append(core.ledger.delta_RN[row].tolist()), close(row))
+    (sequence,), _ = run(core, prompts([17]))
+    per_block = [value for delta in deltas[0] for value in (delta, 0.0)]
+    expected = core.ledger.certificate.logit_deviation(per_block)
+    assert sequence.deviations[-1] == pytest.approx(expected, rel=1e-9)
+
+
+def test_mean_tokens_and_clusters_tighten_the_bound():
+    """Property: on content heads of small logits both lower what is proved."""
+    model, last = make_model("content", gain=0.7), {}
+    for name, clusters in (("window", 1), ("window", 8), ("window_summary", 8)):
+        core = make_core(model, make_policy(name), clusters=clusters)
+        (sequence,), _ = run(core, prompts([17]), temperature=0.0)
+        last[name, clusters] = sequence.deviations[-1]
+    assert last["window", 8] < last["window", 1]
+    assert last["window_summary", 8] < 0.7 * last["window", 8]
+
+
+def test_wrong_certificates_and_options_are_refused():
+    """Oracle: the error contract."""
+    model, certificate = make_model("mixed"), certify(make_model("content"), tighten=False)
+    object.__setattr__(certificate, "blocks", certificate.blocks[:2])
+    with pytest.raises(CertificateError, match="expected 4"):
+        EvictionLedger(model, certificate)
+    with pytest.raises(ConfigError, match="clusters"):
+        EvictionLedger(model, certify(model, tighten=False), clusters=0)

@@ -286,3 +286,39 @@ def test_segments_are_the_shortest_powers_of_two_that_cover(clusters):
         exponent = segment_exponent(positions, clusters)
         assert clusters * 2**exponent >= positions
         assert exponent == 0 or clusters * 2 ** (exponent - 1) < positions
+
+
+def adversarial_scene(seed, bias, with_mean):
+    """Keys along the query, values along the keys: what the mean hides matters most."""
+    scene = make_scene(seed=seed, size=0.7, bias=bias, with_mean=with_mean)
+    side = torch.randn(ROWS, 1, LENGTH, 1, dtype=F64).sign()
+    direction = scene.q_RKGD.mean(2, keepdim=True)
+    scene.k_RKTD = side * direction + 0.05 * scene.k_RKTD
+    scene.v_RKTD = side * torch.ones(WIDTH, dtype=F64) + 0.05 * scene.v_RKTD
+    return scene
+
+
+@pytest.mark.parametrize("with_mean", [False, True], ids=["plain", "mean"])
+@pytest.mark.parametrize("bias", BIASES)
+def test_ascent_on_the_ratio_never_passes_one(bias, with_mean):
+    """Property: gradient ascent over queries, keys, values and biases stays below the bound."""
+    best = 0.0
+    for start in (lambda: make_scene(seed=5, bias=bias, with_mean=with_mean),
+                  lambda: adversarial_scene(6, bias, with_mean)):  # fmt: skip
+        scene = start()
+        free = [scene.q_RKGD, scene.k_RKTD, scene.v_RKTD]
+        free += [] if bias is None else [scene.bias_GT]
+        first = scene.ratio()
+        optimizer = torch.optim.Adam([x.requires_grad_() for x in free], lr=0.05)
+        for _ in range(40):
+            optimizer.zero_grad()
+            ratio = scene.ratio()
+            assert bool((ratio <= 1).all())
+            (-ratio.log().sum()).backward()
+            for x in free:
+                x.grad.nan_to_num_()
+            optimizer.step()
+        with torch.no_grad():
+            best = max(best, float(scene.ratio().max()))
+            assert float(scene.ratio().mean()) > float(first.mean())
+    assert 0.4 < best <= 1.0
