@@ -114,16 +114,15 @@ class AsyncLLM:
         """
         tokens = await asyncio.to_thread(self.llm.encode, prompt)
         name = request_id if request_id is not None else f"stream-{next(self._names)}"
-        if name in self._streams:
-            raise DataError(f"request id {name!r} is in use; choose another")
         stream = self._open(name, tokens, params, kv_compression, cache_salt)
         try:
             while not stream.writer.is_finished or stream.has_news:
                 yield await stream.next()
         finally:
-            del self._streams[name]
+            # In this order: whoever takes the name next comes after the abort.
             if not stream.writer.is_finished:
                 self._command(self._abort, stream.sequences)
+            del self._streams[name]
 
     async def complete(
         self,
@@ -180,11 +179,14 @@ class AsyncLLM:
             cache_salt=cache_salt,
         )
         stream = Stream(sequences, self.llm.writer(sequences))
+        # One operation: loops of other threads may ask for the same name now.
+        if self._streams.setdefault(name, stream) is not stream:
+            raise DataError(f"request id {name!r} is in use; choose another")
         self._command(self._submit, stream)
         # Looked at after the command: a thread that ends now either sees it or is seen here.
         if self._error is not None:
+            del self._streams[name]
             raise self._error
-        self._streams[name] = stream
         return stream
 
     def _command(self, action: Callable[[Any], None], argument: Any = None) -> None:

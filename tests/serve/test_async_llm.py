@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -246,6 +247,29 @@ def test_one_engine_serves_loops_one_after_another(served) -> None:
     first = run(main)
     run(leave)
     assert run(main) == first
+
+
+def test_a_name_asked_for_by_two_loops_at_once_is_given_once(served, monkeypatch) -> None:
+    """Oracle: one answer and one documented error; the engine serves the next request."""
+    prepare, both = served.llm.core.prepare, threading.Barrier(2)
+
+    def meeting(*arguments: Any, **options: Any) -> Any:
+        both.wait(60)
+        return prepare(*arguments, **options)
+
+    async def main() -> RequestOutput | Exception:
+        try:
+            return await served.engine.complete("abcd", PARAMS, "mine")
+        except (DataError, BackendError) as error:
+            return error
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(served.llm.core, "prepare", meeting)
+        found = [job.result() for job in [pool.submit(run, main) for _ in range(2)]]
+    assert sorted(type(x).__name__ for x in found) == ["DataError", "RequestOutput"]
+    again = run(main)
+    assert isinstance(again, RequestOutput)
+    assert again.finish_reason == "length"
 
 
 def test_a_loop_that_was_closed_under_its_request_is_no_fault(served) -> None:
