@@ -8,6 +8,7 @@ looked up. Equal to ``LipschitzTransformer`` up to rounding; never trained.
 # Legend: N tokens (flat), M of them with logits, H query heads, K key/value heads, D head width,
 # C width, O output features, V vocabulary.
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,17 @@ from common.models.transformer import LipschitzTransformer
 
 FlatAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Hook ``attend(layer, q_NHD, k_NKD, v_NKD) -> o_NHD``; queries and keys are rotated."""
+
+Turns = tuple[Tensor, Tensor]
+"""Cosines and sines (N, 1, D) as ``rope.turn`` takes them."""
+
+
+class TurningAttend(ABC):
+    """A hook that rotates by itself, at the positions that it was made for."""
+
+    @abstractmethod
+    def turning(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """Return what the hook returns for the rotated queries and keys."""
 
 
 class PackedTransformer:
@@ -46,7 +58,7 @@ class PackedTransformer:
         self,
         tokens_N: Tensor,
         positions_N: Tensor,
-        attend: FlatAttend,
+        attend: FlatAttend | TurningAttend,
         last_M: Tensor | None = None,
     ) -> Tensor:
         """Return the logits (M, V) after the tokens ``last_M``, or (N, V) after all.
@@ -54,16 +66,17 @@ class PackedTransformer:
         Args:
             tokens_N: Token ids, int64.
             positions_N: Original positions, below the context.
-            attend: The attention of every layer.
+            attend: The attention of every layer; a ``TurningAttend`` gets to rotate as well.
             last_M: Indices of tokens; None for all.
         """
         x_NC = self.model.embed(tokens_N)
-        turns = {}
-        for dim, table in self._tables.items():
-            cos_ND, sin_ND = table.index_select(0, positions_N).unbind(1)
-            turns[dim] = cos_ND[:, None], sin_ND[:, None]
+        turns: dict[int, Turns] = {}
+        if isinstance(attend, TurningAttend):
+            attend = attend.turning
+        else:
+            turns = {dim: _rows(table, positions_N) for dim, table in self._tables.items()}
         for layer in self.layers:
-            x_NC = layer(x_NC, turns[layer.head_dim], attend)
+            x_NC = layer(x_NC, turns.get(layer.head_dim), attend)
         return self.model.logits(x_NC if last_M is None else x_NC.index_select(0, last_M))
 
 
@@ -90,26 +103,33 @@ class PackedLayer:
         frequency = self.attention.inverse_frequency
         return turn_table(model.config.context, frequency, weight.dtype).to(weight.device)
 
-    def __call__(self, x_NC: Tensor, turns: tuple[Tensor, Tensor], attend: FlatAttend) -> Tensor:
-        """Return the stream (N, C) after both blocks."""
+    def __call__(self, x_NC: Tensor, turns: Turns | None, attend: FlatAttend) -> Tensor:
+        """Return the stream (N, C) after both blocks; ``attend`` rotates if ``turns`` is None."""
         o_NHD = attend(self.attention.index, *self._project(x_NC, turns))
         x_NC = self.output(x_NC, o_NHD.flatten(1))
         z_NF = F.linear(x_NC, self.up, self.up_bias)
         return self.down(x_NC, undivided(z_NF, self.config.activation))
 
-    def _project(self, x_NC: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values."""
+    def _project(self, x_NC: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, rotated if ``turns`` are given."""
         heads, kv_heads = self.config.heads, self.config.kv_heads
         if self.qkv_OC is None:
             # Positional heads: the layer knows which ones have neither queries nor keys.
             q_NHD, k_NKD, v_NKD = (x[:, :, 0] for x in self.attention.project(x_NC[:, None]))
-            if self.config.content_heads:
+            if turns is not None and self.config.content_heads:
                 q_NHD, k_NKD = turn(q_NHD, *turns), turn(k_NKD, *turns)
             return q_NHD, k_NKD, v_NKD
         qkv_NAD = F.linear(x_NC, self.qkv_OC).view(-1, heads + 2 * kv_heads, self.head_dim)
         qk_NAD, v_NKD = qkv_NAD.split((heads + kv_heads, kv_heads), dim=1)
-        q_NHD, k_NKD = turn(qk_NAD, *turns).split((heads, kv_heads), dim=1)
+        if turns is not None:
+            qk_NAD = turn(qk_NAD, *turns)
+        q_NHD, k_NKD = qk_NAD.split((heads, kv_heads), dim=1)
         return q_NHD, k_NKD, v_NKD
+
+
+def _rows(table_T2D: Tensor, positions_N: Tensor) -> Turns:
+    cos_ND, sin_ND = table_T2D.index_select(0, positions_N).unbind(1)
+    return cos_ND[:, None], sin_ND[:, None]
 
 
 class _Blend:

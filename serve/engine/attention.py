@@ -1,7 +1,7 @@
 """Attention of one engine step over the paged cache, as a decoder's ``attend`` hook.
 
 New keys and values are written to their slots first; then decode rows attend over their pages, and
-prompt chunks over theirs (``chunks.py``).
+prompt chunks over theirs (``chunks.py``). On a GPU a kernel writes (``kernel_attention.py``).
 """
 
 # Legend: N tokens of the step (flat), R decode rows, W table width (blocks), S cached slots,
@@ -57,8 +57,8 @@ class Listener(ABC):
         """Return the outputs to use (N, H, D), most often those of the part."""
 
 
-class PagedAttention:
-    """The ``attend`` hook of one step.
+class PagedAttention(ABC):
+    """The ``attend`` hook of one step; subclasses write to the cache, each in its way.
 
     Args:
         specs: Attention of each layer.
@@ -80,18 +80,20 @@ class PagedAttention:
         self.backend, self.listener = backend, listener
         self.decodes = batch.decodes
         self.chunks = [ChunkAttention(c, batch.positions_N[c.rows]) for c in batch.chunks]
-        self.writer = SlotWriter(pools, batch.positions_N, batch.slots_N)
-        pools.wipe(batch.opened)
 
+    @abstractmethod
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        """Write keys and values (N, K, D), return outputs (N, H, D)."""
-        self.writer.write(layer, k_NKD, v_NKD)
+        """Write keys and values (N, K, D), return outputs (N, H, D); all are rotated."""
+
+    def attend(self, layer: int, q_NHD: Tensor, new: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return outputs (N, H, D) over the cache; ``new`` are keys and values, when known."""
         if not self.chunks:
             return self._decode(layer, q_NHD)
         outputs = [self._decode(layer, q_NHD[: self.decodes])] if self.decodes else []
         for index, chunk in enumerate(self.chunks):
             rows = chunk.chunk.rows
-            outputs.append(self._prefill(layer, index, q_NHD[rows], k_NKD[rows], v_NKD[rows]))
+            new_T = None if new is None else (new[0][rows], new[1][rows])
+            outputs.append(self._prefill(layer, index, q_NHD[rows], new_T))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @cached_property
@@ -131,12 +133,33 @@ class PagedAttention:
         return self._heard(Part(layer, None, q_RHD, o_RHD, lse_RH, *where))
 
     def _prefill(
-        self, layer: int, index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor
+        self, layer: int, index: int, q_THD: Tensor, new: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         part, pool = self.chunks[index], self.pools[layer]
-        o_THD, lse_TH = part.attend(q_THD, k_TKD, v_TKD, pool, self.specs[layer])
+        o_THD, lse_TH = part.attend(q_THD, new, pool, self.specs[layer])
         where = (part.positions_T, part.chunk.table_1W, part.chunk.length_1, pool)
         return self._heard(Part(layer, index, q_THD, o_THD, lse_TH, *where))
 
     def _heard(self, part: Part) -> Tensor:
         return part.o_NHD if self.listener is None else self.listener.attended(part)
+
+
+class TorchAttention(PagedAttention):
+    """Attention with torch's own operations; positions are written once for all layers."""
+
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        pools: Pools,
+        batch: Batch,
+        backend: str = "auto",
+        listener: Listener | None = None,
+    ) -> None:
+        super().__init__(specs, pools, batch, backend, listener)
+        self.writer = SlotWriter(pools, batch.positions_N, batch.slots_N)
+        pools.wipe(batch.opened)
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """Write keys and values (N, K, D), return outputs (N, H, D)."""
+        self.writer.write(layer, k_NKD, v_NKD)
+        return self.attend(layer, q_NHD, (k_NKD, v_NKD))

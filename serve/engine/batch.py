@@ -36,7 +36,7 @@ class Tables:
 
     Attributes:
         lists: One per row.
-        padded_RW: The same as a matrix, padded with block 0.
+        padded_RW: The same as an int32 matrix, padded with block 0.
         plan: How to read the pages in place, or None.
     """
 
@@ -49,7 +49,7 @@ class Tables:
         """Build from block tables, with a plan if pages are to be read in place."""
         lists = [list(table) for table in tables]
         plan = PagePlan.of(lists, device) if in_place and lists else None
-        return cls(lists, pad_tables(lists, device), plan)
+        return cls(lists, pad_tables(lists, device, torch.int32), plan)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +59,9 @@ class Batch:
     Attributes:
         tokens_N: Token ids, int64.
         positions_N: Original positions, int64.
-        slots_N: Cache slot of each token, ``block * block_size + offset``, int64.
-        lengths_R: Filled slots of each decode row, after the write.
+        slots_N: Cache slot of each token, ``block * block_size + offset``, int64; negative for
+            padding, which is not written.
+        lengths_R: Filled slots of each decode row, after the write, int32.
         tables: Block tables of the decode rows.
         sequences: The sequence of each decode row.
         chunks: Prompt chunks; their rows follow the decode rows.
@@ -84,11 +85,13 @@ class Batch:
         return len(self.tables.lists)
 
 
-def pad_tables(tables: Rows[Rows[int]], device: torch.device) -> Tensor:
-    """Return block tables of different lengths as one int64 matrix (R, W), padded with block 0."""
+def pad_tables(
+    tables: Rows[Rows[int]], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Return block tables of different lengths as one matrix (R, W), padded with block 0."""
     width = max(map(len, tables), default=0)
     padded = [[*table, *[0] * (width - len(table))] for table in tables]
-    return torch.tensor(padded, dtype=torch.int64, device=device).view(len(tables), width)
+    return torch.tensor(padded, dtype=dtype, device=device).view(len(tables), width)
 
 
 class BatchBuilder:
@@ -141,7 +144,7 @@ class BatchBuilder:
             tokens_N=tokens_N,
             positions_N=positions_N,
             slots_N=slots_N,
-            lengths_R=lengths_R,
+            lengths_R=lengths_R.int(),
             tables=self._tables_of([row.block_table for row in rows], as_decodes),
             sequences=rows,
             chunks=chunks,

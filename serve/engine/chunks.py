@@ -26,31 +26,33 @@ class ChunkAttention:
         self._distance_1TS: Tensor | None = None
 
     def attend(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, pool: LayerPool, spec: LayerSpec
+        self, q_THD: Tensor, new: tuple[Tensor, Tensor] | None, pool: LayerPool, spec: LayerSpec
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to the cache, which holds the chunk already.
 
         Args:
             q_THD: Queries after RoPE.
-            k_TKD: Keys of the chunk itself.
-            v_TKD: Its values.
+            new: Keys and values of the chunk itself (T, K, D), when known.
             pool: Cache of the layer.
             spec: The layer.
 
         Returns:
             Outputs (T, H, D), and log-sum-exps (T, H) if the cache was compacted.
         """
+        chunk = self.chunk
+        if chunk.is_alone and new is not None:
+            k_KSD, v_KSD = (x_TKD.transpose(0, 1) for x_TKD in new)
+        else:
+            k_KSD, v_KSD = (
+                gather_pages(x, chunk.table_1W)[0, :, : chunk.kv_len]
+                for x in (pool.keys, pool.values)
+            )
         is_plain = spec.bias_HT is None and spec.sliding_window is None
         # Torch scales its own causal mask as well: minus infinity times 0.
-        if self.chunk.is_alone and is_plain and spec.scale != 0:
-            k_KTD, v_KTD = k_TKD.transpose(0, 1), v_TKD.transpose(0, 1)
-            return _attend_fast(q_THD, k_KTD, v_KTD, None, spec.scale), None
-        kv_len = self.chunk.kv_len
-        k_KSD, v_KSD = (
-            gather_pages(x, self.chunk.table_1W)[0, :, :kv_len] for x in (pool.keys, pool.values)
-        )
+        if chunk.is_alone and is_plain and spec.scale != 0:
+            return _attend_fast(q_THD, k_KSD, v_KSD, None, spec.scale), None
         mask_HTS = self._mask(pool, spec, q_THD.dtype)
-        if self.chunk.compressed:
+        if chunk.compressed:
             return attend_densely(q_THD, k_KSD, v_KSD, mask_HTS, spec.scale)
         return _attend_fast(q_THD, k_KSD, v_KSD, mask_HTS, spec.scale), None
 

@@ -7,6 +7,7 @@ All tokens of a step form one flat axis, and the model is called only with its `
 # Legend: N tokens of the step (flat), R decode rows, W table width (blocks), K key/value heads,
 # S cached slots, D head width, V vocabulary.
 
+import logging
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from serve.decoder import Decoder
-from serve.engine.attention import PagedAttention
-from serve.engine.batch import BatchBuilder, pad_tables
+from serve.engine.attention import Listener, PagedAttention, TorchAttention
+from serve.engine.batch import Batch, BatchBuilder, pad_tables
 from serve.engine.blocks import BlockPlan
 from serve.engine.companions import Companions
 from serve.engine.evidence import Evidence
+from serve.engine.graphs import DecodeGraphs, Recorder
+from serve.engine.kernel_attention import KernelAttention, Rotations
 from serve.engine.pools import Pools
 from serve.engine.request import Item, Sequence
 from serve.kernels import compact_kv
@@ -27,6 +30,8 @@ from serve.kernels.backend import use_triton
 from serve.kv import Policy
 from serve.kv.selection import choose
 from serve.kv.view import CacheView, stack_stats
+
+log = logging.getLogger(__name__)
 
 Stats = Rows[Mapping[str, Tensor] | None] | None
 
@@ -72,10 +77,25 @@ class Runner:
         self.companions = companions or Companions([])
         self.device, self.dtype = decoder.device, decoder.dtype
         self.pools = Pools(decoder, num_blocks, block_size)
-        # Copies in float32 are what half precision needs anyway; kernels read pages by themselves.
-        is_exact = self.dtype in (torch.float32, torch.float64)
-        in_place = is_exact and not use_triton(backend, self.pools.layers[0].keys)
+        uses_kernels = use_triton(backend, self.pools.layers[0].keys)
+        self.rotations = Rotations(decoder) if uses_kernels else None
+        # In half precision torch has to copy pages anyway: it sums in float32.
+        in_place = not uses_kernels and self.dtype in (torch.float32, torch.float64)
         self.builder = BatchBuilder(block_size, self.device, in_place=in_place)
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def record(self, rows: int, recorder: Recorder) -> None:
+        """Record decode steps of up to ``rows`` rows, to be replayed from now on.
+
+        The cache must not hold anything yet; a model that cannot be recorded stays as it is, with
+        a warning that says why.
+        """
+        width = -(-self.decoder.context // self.pools.block_size)
+        try:
+            self.graphs = DecodeGraphs(self._run, rows, width, self.device, recorder)
+        except (RuntimeError, NotImplementedError) as error:
+            log.warning("decode steps run without graphs: recording failed: %s", error)
 
     @torch.inference_mode()
     def forward(
@@ -99,9 +119,21 @@ class Runner:
         listener = self.companions.listener(
             batch.sequences, [chunk.sequence for chunk in batch.chunks]
         )
-        attend = PagedAttention(self.decoder.layers, self.pools, batch, self.backend, listener)
+        if self.graphs is not None and listener is None and self.graphs.fits(batch):
+            logits_RV = self.graphs.run(batch)
+            return logits_RV if batch.last_M is None else logits_RV[batch.last_M]
         with _few_threads(self.decoder.num_parameters * len(batch.tokens_N)):
-            return self.decoder.forward(batch.tokens_N, batch.positions_N, attend, batch.last_M)
+            return self._run(batch, listener)
+
+    def _run(self, batch: Batch, listener: Listener | None = None) -> Tensor:
+        attend: PagedAttention
+        if self.rotations is None:
+            layers = self.decoder.layers
+            attend = TorchAttention(layers, self.pools, batch, self.backend, listener)
+        else:
+            rest = (self.rotations, self.backend, listener)
+            attend = KernelAttention(self.decoder, self.pools, batch, *rest)
+        return self.decoder.forward(batch.tokens_N, batch.positions_N, attend, batch.last_M)
 
     @torch.inference_mode()
     def compact(
@@ -125,7 +157,8 @@ class Runner:
         self, rows: list[tuple[Sequence, BlockPlan]], policy: Policy, stats: Stats, budget: int
     ) -> None:
         sequences = [sequence for sequence, _ in rows]
-        self.pools.wipe([block for _, plan in rows for block in plan.fresh])
+        if self.rotations is None:
+            self.pools.wipe([block for _, plan in rows for block in plan.fresh])
         tables_RW = pad_tables([list(plan.source) for _, plan in rows], self.device)
         targets_RW = pad_tables([list(plan.target) for _, plan in rows], self.device)
         views = self._views(sequences, tables_RW, stats)
