@@ -10,7 +10,11 @@ import torch
 from serve.decoder import LipschitzDecoder
 from serve.kv import FullPolicy, WindowPolicy
 from serve.kv.bias import BiasTable
-from serve.kv.positional_certificate import evicted_mass_bound, positional_certificate
+from serve.kv.positional_certificate import (
+    PositionalCertificate,
+    evicted_mass_bound,
+    positional_certificate,
+)
 from serve.kv.summary import map_length
 
 EXACT = 1e-9
@@ -65,6 +69,14 @@ def test_the_ledger_sees_the_same_mass_while_it_runs(tiny):
         assert bool((true_H.exp() <= torch.tensor(bound.mass_bounds[2]) + EXACT).all())
     assert bound.window == 18
     assert "6 purely positional heads" in str(bound)
+
+
+@pytest.mark.parametrize("lost", [1e-9, 0.00005, 0.12345, 0.99999, 1.0])
+def test_the_text_claims_no_more_than_the_bound(lost):
+    """Property: the share that is said to be kept is at most one minus the bound."""
+    text = str(PositionalCertificate(window=8, sinks=1, mass_bounds={0: [lost, 0.0]}))
+    said = float(text.partition("at least ")[2].partition(" of")[0])
+    assert 1 - lost - 1e-4 <= said <= 1 - lost
 
 
 def test_nothing_is_claimed_where_nothing_is_evicted(tiny):
