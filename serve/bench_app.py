@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from common.bundle import load_bundle
+from common.bundle import Bundle, load_bundle
 from common.config import build
 from common.corpus import prepare_corpus
 from common.device import resolve_device
@@ -46,9 +46,10 @@ def bench(cfg: DictConfig, run: Run) -> Outcome:
             f"bundle=null: bench.parts={list(settings.parts)} need a model directory; set "
             "bundle=DIR, or bench.parts=[speed]"
         )
-    rows = Rows(path, _identity(cfg, settings))
-    if needs_bundle:
-        _measure_bundle(cfg, settings, rows)
+    bundle = None if cfg.bundle is None else load_bundle(cfg.bundle, device=device)
+    rows = Rows(path, _identity(cfg, settings, bundle))
+    if bundle is not None and needs_bundle:
+        _measure_bundle(cfg, settings, rows, bundle)
     if "speed" in settings.parts:
         from serve.bench.speed import measure_speed
 
@@ -64,8 +65,7 @@ def bench(cfg: DictConfig, run: Run) -> Outcome:
     )
 
 
-def _measure_bundle(cfg: DictConfig, settings: BenchConfig, rows: Rows) -> None:
-    bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
+def _measure_bundle(cfg: DictConfig, settings: BenchConfig, rows: Rows, bundle: Bundle) -> None:
     tokenizer = require_tokenizer(bundle)
     data = build(cfg.data)
     if "quality" in settings.parts:
@@ -84,13 +84,14 @@ def _measure_bundle(cfg: DictConfig, settings: BenchConfig, rows: Rows) -> None:
         measure_tasks(rows, settings, bundle, data.task)
 
 
-def _identity(cfg: DictConfig, settings: BenchConfig) -> dict[str, Any]:
+def _identity(cfg: DictConfig, settings: BenchConfig, bundle: Bundle | None) -> dict[str, Any]:
     """Return what all rows depend on: more policies, budgets and batches may be added later."""
     from omegaconf import OmegaConf
 
     names = ("windows", "length", "examples", "share", "steps", "rounds", "model")
     return {
-        "bundle": None if cfg.bundle is None else str(cfg.bundle),
+        # The weights, not the folder: another training may have written there since.
+        "bundle": None if bundle is None else bundle.fingerprint,
         "data": OmegaConf.to_container(cfg.data, resolve=True),
         "settings": {name: repr(getattr(settings, name)) for name in names},
     }
