@@ -97,11 +97,11 @@ class PagedAttention(ABC):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @cached_property
-    def _is_out_RS(self) -> Tensor:
+    def _is_out_R1S(self) -> Tensor:
         """Which slots of the decode rows are not filled."""
         width = self.batch.tables.padded_RW.shape[1] * self.pools[0].keys.shape[2]
         slot_S = torch.arange(width, device=self.batch.lengths_R.device)
-        return slot_S >= self.batch.lengths_R[:, None]
+        return slot_S >= self.batch.lengths_R[:, None, None]
 
     @cached_property
     def _positions_R(self) -> Tensor:
@@ -112,7 +112,7 @@ class PagedAttention(ABC):
         tables, positions_R = batch.tables, self._positions_R
         if tables.plan is not None:
             o_RHD, z_RHS = tables.plan.attend(
-                layer, q_RHD, pool, spec, positions_R, self._is_out_RS
+                layer, q_RHD, pool, spec, positions_R, self._is_out_R1S
             )
             if self.listener is None:
                 return o_RHD

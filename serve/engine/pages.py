@@ -8,6 +8,7 @@ the data, are brought from the order of pages to that of rows and back.
 # Legend: R rows, W table width (blocks), P pages that are read, K key/value heads, H query heads,
 # G = H / K, B slots of a block, S slots of a row (W * B), D head width, T relative distances.
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 import torch
@@ -19,8 +20,7 @@ from serve.engine.pools import LayerPool
 BRIDGE = 4  # foreign pages that are read along rather than start another range
 
 
-# Which (page, head) pairs it covers, their keys (.., D, B) and their values (.., B, D).
-Segment = tuple[slice, Tensor, Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class PagePlan:
@@ -51,7 +51,7 @@ class PagePlan:
         # Row and place in its table of each page; 0 for foreign ones. Page of each table entry; 0
         # for padding, which is left out of ``owned``.
         self.row_P, self.entry_P, self.page_RW, self.owned, self.starts_R = tensors
-        self._segments: dict[int, list[Segment]] = {}
+        self._contents: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._lines: dict[int, tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -67,7 +67,7 @@ class PagePlan:
         pool: LayerPool,
         spec: LayerSpec,
         positions_R: Tensor,
-        is_out_RS: Tensor,
+        is_out_R1S: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Attend from one query per row to its filled slots.
 
@@ -77,44 +77,43 @@ class PagePlan:
             pool: Its cache, in the queries' dtype; unfilled slots hold finite values.
             spec: The layer.
             positions_R: Original position of each query.
-            is_out_RS: Which slots are not filled; at least one of each row is.
+            is_out_R1S: Which slots are not filled; at least one of each row is.
 
         Returns:
             Outputs (R, H, D), logits (R, H, S); minus infinity in slots that are not seen.
         """
         rows, heads, width = q_RHD.shape
-        pages, kv_heads, size = len(self.row_P), *pool.keys.shape[1:3]
-        shape = (pages * kv_heads, heads // kv_heads)
-        q_PGD = q_RHD.index_select(0, self.row_P).view(*shape, width)
-        z_PGB = q_RHD.new_empty(*shape, size)
-        segments = self._segments_of(layer, pool)
-        for part, keys, _ in segments:
-            # The first argument does not count: beta is 0.
-            z_part = z_PGB[part]
-            torch.baddbmm(z_part, q_PGD[part], keys, beta=0, alpha=spec.scale, out=z_part)
+        kv_heads, size = pool.keys.shape[1:3]
         to_rows, to_pages = self._lines_of(heads)
+        keys, values = self._contents_of(layer, pool)
+        q_PGD = q_RHD.index_select(0, self.row_P).view(-1, heads // kv_heads, width)
+        # Nothing is added: beta is 0.
+        zero, scale = q_RHD.new_empty(1, 1, 1), spec.scale
+        z_PGB = self._each(q_PGD, keys, lambda q, k: zero.baddbmm(q, k, beta=0, alpha=scale))
         z_RHS = z_PGB.view(-1, size).index_select(0, to_rows).view(rows, heads, -1)
         if spec.bias_HT is not None or spec.sliding_window is not None:
-            self._shift(z_RHS, pool.positions, spec, positions_R, is_out_RS)
-        z_RHS.masked_fill_(is_out_RS[:, None], -torch.inf)
+            self._shift(z_RHS, pool.positions, spec, positions_R, is_out_R1S)
+        z_RHS.masked_fill_(is_out_R1S, -torch.inf)
         weights_PGB = z_RHS.softmax(-1).view(-1, size).index_select(0, to_pages)
-        weights_PGB, o_PGD = weights_PGB.view_as(z_PGB), torch.empty_like(q_PGD)
-        for part, _, values in segments:
-            torch.bmm(weights_PGB[part], values, out=o_PGD[part])
-        return self._total(o_PGD.view(pages, -1)).view(rows, heads, width), z_RHS
+        o_PGD = self._each(weights_PGB.view_as(z_PGB), values, torch.bmm)
+        return self._total(o_PGD.view(-1, heads * width)).view(rows, heads, width), z_RHS
 
-    def _segments_of(self, layer: int, pool: LayerPool) -> list[Segment]:
-        if layer not in self._segments:
-            found, start, kv_heads = list[Segment](), 0, pool.keys.shape[1]
-            for part in self.ranges:
-                end = start + len(part) * kv_heads
-                keys, values = (
-                    x[part.start : part.stop].flatten(0, 1) for x in (pool.keys, pool.values)
-                )
-                found.append((slice(start, end), keys.mT, values))
-                start = end
-            self._segments[layer] = found
-        return self._segments[layer]
+    def _contents_of(self, layer: int, pool: LayerPool) -> tuple[list[Tensor], list[Tensor]]:
+        """Return keys (.., D, B) and values (.., B, D) of each range, pages and heads in one."""
+        if layer not in self._contents:
+            keys, values = (
+                [x[part.start : part.stop].flatten(0, 1) for part in self.ranges]
+                for x in (pool.keys, pool.values)
+            )
+            self._contents[layer] = [x.mT for x in keys], values
+        return self._contents[layer]
+
+    def _each(self, x: Tensor, contents: Rows[Tensor], product: Product) -> Tensor:
+        """Return the products of pages with what they hold, range after range."""
+        if len(contents) == 1:
+            return product(x, contents[0])
+        parts = zip(x.split([len(content) for content in contents]), contents, strict=True)
+        return torch.cat([product(part, content) for part, content in parts])
 
     def _lines_of(self, heads: int) -> tuple[Tensor, Tensor]:
         """Return, with B slots to a line, the line of (P, H) at each of (R, H, W), and back."""
@@ -131,7 +130,7 @@ class PagePlan:
         pos_pool: Tensor,
         spec: LayerSpec,
         positions_R: Tensor,
-        is_out_RS: Tensor,
+        is_out_R1S: Tensor,
     ) -> None:
         """Add the relative-position bias to logits, and hide what is outside the window."""
         rows, kv_heads = len(z_RHS), spec.kv_heads
@@ -142,7 +141,7 @@ class PagePlan:
         distance_RHS = distance_RKS.repeat_interleave(spec.group, dim=1)
         if spec.bias_HT is not None:
             # What stands in unfilled slots may be no position at all.
-            index_RHS = distance_RHS.masked_fill(is_out_RS[:, None], 0)
+            index_RHS = distance_RHS.masked_fill(is_out_R1S, 0)
             table_RHT = spec.bias_HT.to(z_RHS.dtype).expand(rows, -1, -1)
             z_RHS += table_RHT.gather(2, index_RHS)
         if spec.sliding_window is not None:

@@ -1,5 +1,6 @@
 """Decoding with a 10M model: against transformers' generate, and full against compressed cache."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ def _add(core: EngineCore, prompts: list[list[int]], new: int) -> None:
         core.add(prompt, SamplingParams(temperature=0.0, max_tokens=new))
 
 
-def _transformers(parameters: int, vocab: int) -> Any:
+def _llama(parameters: int, vocab: int) -> Any:
     """Return a Llama of the same width and depth with about as many parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,14 +60,22 @@ def _transformers(parameters: int, vocab: int) -> Any:
 
 @pytest.mark.parametrize("batch", FASTER)
 def test_decode(bench: Any, timed: Callable, make_model: Callable, batch: int) -> None:
-    """Tokens per second of short greedy generations, prompt included."""
+    """Tokens per second of short greedy generations, prompt included.
+
+    Against ``generate`` of the same model, exported, and of a Llama of as many parameters.
+    """
     pytest.importorskip("transformers")
+    from serve.export.modeling import wrap
+
     model = make_model(**SHAPE, context=1024).eval()
-    other = _transformers(model.num_parameters, model.config.vocab_size)
+    others = {
+        "exported": wrap(copy.deepcopy(model)),
+        "llama": _llama(model.num_parameters, model.config.vocab_size),
+    }
     prompts = _prompts(model.config.vocab_size, batch, PROMPT)
 
-    # Like the other model, the pool is allocated once and serves many requests.
-    core = EngineCore(model, EngineConfig(max_num_seqs=batch))
+    # Like the other models, the pool is allocated once and every prompt is read anew.
+    core = EngineCore(model, EngineConfig(max_num_seqs=batch, prefix_caching=False))
 
     @torch.inference_mode()
     def ours() -> None:
@@ -74,27 +83,36 @@ def test_decode(bench: Any, timed: Callable, make_model: Callable, batch: int) -
         while core.has_work:
             core.step()
 
-    def theirs() -> None:
+    times = timed(
+        {"lipllm": ours} | {name: _generator(other, prompts) for name, other in others.items()},
+        bench.rounds,
+    )
+    sizes = {"batch": batch, "prompt": PROMPT, "new": NEW, "parameters": model.num_parameters}
+    for name, measured in times.items():
+        rates = [batch * NEW / seconds for seconds in measured.cpu]
+        bench.add(f"serve: {name}, batch {batch}", rates, "token/s", **sizes)
+    for name in others:
+        pairs = zip(times["lipllm"].cpu, times[name].cpu, strict=True)
+        ratios = [theirs / own for own, theirs in pairs]
+        label = f"serve: speed over transformers ({name}), batch {batch}"
+        bench.add(label, ratios, "ratio", least=FASTER[batch], **sizes)
+
+
+def _generator(model: Any, prompts: list[list[int]]) -> Callable[[], None]:
+    def run() -> None:
         ids = torch.tensor(prompts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out = other.generate(
+            out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 min_new_tokens=NEW,
                 max_new_tokens=NEW,
             )
-        assert out.shape == (batch, PROMPT + NEW)
+        assert out.shape == (len(prompts), PROMPT + NEW)
 
-    times = timed({"lipllm": ours, "transformers": theirs}, bench.rounds)
-    sizes = {"batch": batch, "prompt": PROMPT, "new": NEW, "parameters": model.num_parameters}
-    for name, measured in times.items():
-        rates = [batch * NEW / seconds for seconds in measured.cpu]
-        bench.add(f"serve: {name}, batch {batch}", rates, "token/s", **sizes)
-    ratios = [b / a for a, b in zip(times["lipllm"].cpu, times["transformers"].cpu, strict=True)]
-    name = f"serve: speed over transformers, batch {batch}"
-    bench.add(name, ratios, "ratio", least=FASTER[batch], **sizes)
+    return run
 
 
 def test_compressed_cache(bench: Any, timed: Callable, make_model: Callable) -> None:

@@ -47,7 +47,7 @@ def filled(tables: list[list[int]], missing: int) -> tuple[torch.Tensor, torch.T
     """Return lengths ``missing`` slots short of the rows, and which slots are unfilled."""
     lengths_R = torch.tensor([len(table) * SIZE - missing for table in tables])
     slots = SIZE * max(map(len, tables))
-    return lengths_R, torch.arange(slots) >= lengths_R[:, None]
+    return lengths_R, torch.arange(slots) >= lengths_R[:, None, None]
 
 
 @pytest.mark.parametrize("freedom", ["plain", "bias", "window", "bias_and_window"])
@@ -61,7 +61,7 @@ def test_attend_equals_paged_decode(name: str, heads: tuple[int, int], freedom: 
     owned = {block for table in tables for block in table}
     for block in set(range(BLOCKS)) - owned:
         pool.keys[block], pool.values[block] = torch.nan, torch.nan
-    lengths_R, is_out_RS = filled(tables, missing=3)
+    lengths_R, is_out_R1S = filled(tables, missing=3)
     width = max(map(len, tables))
     padded_RW = torch.tensor([table + [0] * (width - len(table)) for table in tables])
     positions_R = torch.full((len(tables),), CONTEXT - 1)
@@ -70,7 +70,7 @@ def test_attend_equals_paged_decode(name: str, heads: tuple[int, int], freedom: 
         pool.positions[table[-1], :, 0] = CONTEXT - 1
     q_RHD = torch.randn(len(tables), spec.heads, WIDTH, dtype=torch.float64)
     plan = PagePlan.of(tables, torch.device("cpu"))
-    o_RHD, z_RHS = plan.attend(0, q_RHD, pool, spec, positions_R, is_out_RS)
+    o_RHD, z_RHS = plan.attend(0, q_RHD, pool, spec, positions_R, is_out_R1S)
     expected, lse_RH = paged_decode(
         q_RHD,
         *pool.tensors,
@@ -90,14 +90,14 @@ def test_attend_does_not_depend_on_the_place_of_pages(heads: tuple[int, int]) ->
     """Oracle: bitwise equality after moving the blocks, in float32: deterministic mode needs it."""
     spec, pool = make_spec(*heads, bias=False, window=None), make_pool(heads[0], torch.float32)
     q_1HD = torch.randn(1, spec.heads, WIDTH)
-    _, is_out_1S = filled([[0] * 4], missing=1)
+    _, is_out_11S = filled([[0] * 4], missing=1)
     outputs = []
     for table in ([2, 3, 4, 5], [9, 1, 8, 22], [11, 13, 12, 10]):
         moved = LayerPool(*(torch.zeros_like(x) for x in pool.tensors))
         for old, new in enumerate(table):
             moved.keys[new], moved.values[new] = pool.keys[old], pool.values[old]
         plan = PagePlan.of([table], torch.device("cpu"))
-        outputs.append(plan.attend(0, q_1HD, moved, spec, torch.tensor([9]), is_out_1S)[0])
+        outputs.append(plan.attend(0, q_1HD, moved, spec, torch.tensor([9]), is_out_11S)[0])
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
 
