@@ -57,5 +57,5 @@ class EngineConfig:
                 f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: expected at least "
                 f"max_num_seqs={self.max_num_seqs}, one token for each request; raise it"
             )
-        # "triton" alone is for single kernels: attention has none, so no engine could run on it.
+        # "triton" alone is for single kernels: prompt chunks attend through torch in any case.
         one_of("engine.backend", self.backend, ("auto", "torch"))
