@@ -32,7 +32,8 @@ def _race(model: LipschitzTransformer, settings: BenchConfig, batch: int) -> dic
     generator = torch.Generator().manual_seed(1)
     prompts_BT = torch.randint(model.config.vocab_size, (batch, PROMPT), generator=generator)
     other = wrap(model)
-    core = EngineCore(model, EngineConfig(max_num_seqs=batch))
+    # The other library reads the prompts anew in every round.
+    core = EngineCore(model, EngineConfig(max_num_seqs=batch, prefix_caching=False))
     mask = torch.ones_like(prompts_BT)
     options: Any = {"do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW}
 

@@ -99,6 +99,17 @@ class BenchConfig:
                 )
         if not self.parts:
             raise ConfigError(f"bench.parts=[]: expected at least one of {', '.join(PARTS)}")
+        for context in self.contexts:
+            if "speed" in self.parts and context <= self.decoded:
+                raise ConfigError(
+                    f"bench.contexts={list(self.contexts)}: expected more than the {self.decoded} "
+                    "tokens that are decoded; raise them, or lower bench.steps or bench.rounds"
+                )
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that each request of the speed part decodes, the warm-up included."""
+        return self.steps * (self.rounds + 1) + 2
 
     @property
     def compressing(self) -> list[str]:

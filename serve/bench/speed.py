@@ -53,7 +53,8 @@ def random_model(
 def measure_speed(rows: Rows, settings: BenchConfig, device: str | torch.device) -> None:
     """Add one row per context, batch and policy; the policies of one shape run interleaved."""
     for context in settings.contexts:
-        model = random_model(settings.model, context, device)
+        room = max(_overlap(context, batch) for batch in settings.batches)
+        model = random_model(settings.model, context + room, device)
         for batch in settings.batches:
             keys = {"context": context, "batch": batch}
             names = ["full", *settings.compressing]
@@ -70,9 +71,9 @@ def _race(
 ) -> dict[str, dict[str, float]]:
     """Prefill every engine, then time their decode steps in turn."""
     generator = torch.Generator().manual_seed(1)
-    new = settings.steps * (settings.rounds + 1) + 2
-    vocab = model.config.vocab_size
-    prompts = torch.randint(vocab, (batch, max(1, context - new)), generator=generator).tolist()
+    vocab, length = model.config.vocab_size, context - settings.decoded
+    prompts = torch.randint(vocab, (batch, length), generator=generator).tolist()
+    new = settings.decoded + _overlap(context, batch)
     engines = {name: _engine(model, settings, context, name, prompts, new) for name in names}
     prefill = {name: _seconds(lambda core=core: _prefill(core)) for name, core in engines.items()}
     steps = {name: lambda core=core: _steps(core, settings.steps) for name, core in engines.items()}
@@ -81,15 +82,15 @@ def _race(
     figures = {}
     for name, core in engines.items():
         ratios = [full / own for full, own in zip(times["full"], times[name], strict=True)]
-        cached = max(sequence.kv_len for sequence in core.scheduler.sequences)
+        cached = sum(sequence.kv_len for sequence in core.scheduler.sequences)
         figures[name] = {
             "tokens_per_s": batch * settings.steps / statistics.median(times[name]),
             "ratio": statistics.median(ratios),
             "ratio_low": min(ratios),
             "ratio_high": max(ratios),
             "prefill_seconds": prefill[name],
-            "kv_bytes": float(batch * cached * per_slot),
-            "cached": float(cached),
+            "kv_bytes": float(cached * per_slot),
+            "cached": cached / batch,
         }
     return figures
 
@@ -124,12 +125,22 @@ def _engine(
             shape = (CALIBRATION[0], min(CALIBRATION[1], context))
             text_BT = torch.randint(model.config.vocab_size, shape)
             stats = layer_stats(calibrate(model, [text_BT]), model)
-    needed = len(prompts) * -(-context // EngineConfig().block_size)
-    config = EngineConfig(max_num_seqs=len(prompts), num_blocks=needed + len(prompts))
+    batch, default = len(prompts), EngineConfig()
+    blocks = -(-(len(prompts[0]) + new) // default.block_size) + 1
+    config = EngineConfig(
+        max_num_seqs=batch,
+        num_blocks=batch * blocks,
+        max_num_batched_tokens=default.max_num_batched_tokens + batch,
+    )
     core = EngineCore(model, config, policy, stats)
     for prompt in prompts:
         core.add(prompt, SamplingParams(temperature=0.0, max_tokens=new))
     return core
+
+
+def _overlap(context: int, batch: int) -> int:
+    """Return the steps in which the first request may decode while others' prompts are read."""
+    return -(-context * batch // EngineConfig().max_num_batched_tokens) + 1
 
 
 @torch.inference_mode()
@@ -140,8 +151,9 @@ def _prefill(core: EngineCore) -> None:
 
 @torch.inference_mode()
 def _steps(core: EngineCore, count: int) -> None:
+    batch = core.config.max_num_seqs
     for _ in range(count):
-        assert core.step()
+        assert len(core.step()) == batch
 
 
 def _seconds(job: Callable[[], None]) -> float:

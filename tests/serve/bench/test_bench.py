@@ -151,6 +151,20 @@ def test_speed_rows_state_memory_and_paired_ratios(tmp_path: Path) -> None:
     assert random_model(shape, 64).config.context == 64
 
 
+def test_every_request_decodes_in_every_timed_step(tmp_path: Path) -> None:
+    """Oracle: slots of a full cache by hand, for prompts that take many steps to read."""
+    shape = SpeedModel(vocab_size=30, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
+    settings = BenchConfig(
+        parts=("speed",), policies=("full",), contexts=(600,), batches=(6,), steps=1, rounds=1,
+        model=shape,
+    )  # fmt: skip
+    rows = Rows(tmp_path / "bench.json", {})
+    measure_speed(rows, settings, "cpu")
+    (row,) = rows
+    # 596 prompt tokens, 512 and at most 6 a step: request r decodes from step r + 1 (of 7) on.
+    assert 596 + 2 < row["cached"] <= 596 + 2 + 7
+
+
 def test_command_measures_prints_and_resumes(
     lipllm: Callable, bundle: Path, tmp_path: Path
 ) -> None:
@@ -180,8 +194,9 @@ def test_command_measures_prints_and_resumes(
         (("bench.policies=[newest]",), "bench.policies"),
         (("bench.budgets=[1.5]",), "share between 0 and 1"),
         (("bench.parts=[speed]", "bench.steps=0"), "bench.steps"),
+        (("bench.parts=[speed]", "bench.contexts=[98]"), "more than the 98 tokens"),
     ],
-    ids=["no bundle", "part", "policy", "budget", "steps"],
+    ids=["no bundle", "part", "policy", "budget", "steps", "context"],
 )
 def test_bad_settings_are_one_line(lipllm: Callable, words: tuple, message: str) -> None:
     """Oracle: the error contract: one line, exit status 2."""
