@@ -23,6 +23,7 @@ class EngineConfig:
             request runs its own matrix products on fixed chunks, with all memory reserved. Slower.
         dtype: Weights and cache: "float32", "float64" or "bfloat16"; None keeps the model's.
         backend: Kernels: "auto" (Triton on CUDA where there is one) or "torch".
+        enforce_eager: Never record decode steps as CUDA graphs: a quicker start, slower steps.
         certificate: Bound the logits deviation of every token when the model has a certificate.
         debug: Check the block accounting after every step.
 
@@ -39,6 +40,7 @@ class EngineConfig:
     deterministic: bool = False
     dtype: Literal["float32", "float64", "bfloat16"] | None = None
     backend: str = "auto"
+    enforce_eager: bool = False
     certificate: bool = True
     debug: bool = False
 

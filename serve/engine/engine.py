@@ -90,6 +90,9 @@ class EngineCore:
         self.runner = Runner(
             decoder, blocks.num_blocks, blocks.block_size, config.backend, self.companions
         )
+        # Companions listen to every step, and a recorded one cannot be listened to.
+        if not config.enforce_eager and not self.companions.companions:
+            self.runner.record(1 if config.deterministic else config.max_num_seqs)
         self.compactor = Compactor(self.scheduler, self.runner, policy, self.stats)
         self.sampler = Sampler()
         self._live: dict[str, list[Sequence]] = {}

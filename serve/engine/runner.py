@@ -21,7 +21,7 @@ from serve.engine.batch import Batch, BatchBuilder, pad_tables
 from serve.engine.blocks import BlockPlan
 from serve.engine.companions import Companions
 from serve.engine.evidence import Evidence
-from serve.engine.graphs import DecodeGraphs, Recorder
+from serve.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from serve.engine.kernel_attention import KernelAttention, Rotations
 from serve.engine.pools import Pools
 from serve.engine.request import Item, Sequence
@@ -85,12 +85,16 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
-    def record(self, rows: int, recorder: Recorder) -> None:
+    def record(self, rows: int, recorder: Recorder | None = None) -> None:
         """Record decode steps of up to ``rows`` rows, to be replayed from now on.
 
-        The cache must not hold anything yet; a model that cannot be recorded stays as it is, with
-        a warning that says why.
+        The cache must be empty. Without a recorder only steps on CUDA kernels are recorded. A model
+        that cannot be recorded stays as it is, with a warning that says why.
         """
+        if recorder is None:
+            if self.rotations is None or self.device.type != "cuda":
+                return
+            recorder = CudaRecorder()
         width = -(-self.decoder.context // self.pools.block_size)
         try:
             self.graphs = DecodeGraphs(self._run, rows, width, self.device, recorder)

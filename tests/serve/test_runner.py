@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from serve.decoder import as_decoder
-from serve.engine.graphs import CudaRecorder, DecodeGraphs, Recorder, sizes_up_to
+from serve.engine.graphs import DecodeGraphs, Recorder, sizes_up_to
 from serve.engine.kernel_attention import Rotations
 from serve.engine.request import Item, Request, Sequence
 from serve.engine.runner import Runner
@@ -173,6 +173,14 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(tiny, caplog) -> None
     assert torch.isfinite(run_script(runner, tiny)[-1]).all()
 
 
+def test_nothing_is_recorded_by_itself_without_a_cuda_device(tiny) -> None:
+    """Oracle: the definition."""
+    for kernels in (False, True):
+        runner = make_runner(tiny, kernels=kernels)
+        runner.record(2)
+        assert runner.graphs is None
+
+
 @pytest.mark.parametrize("rows", [1, 3, 4, 8, 9, 16, 33])
 def test_sizes_cover_all_numbers_of_rows(rows: int) -> None:
     """Oracle: the list in the documentation, cut at the largest."""
@@ -186,7 +194,7 @@ def test_sizes_cover_all_numbers_of_rows(rows: int) -> None:
 def test_cuda_graphs_equal_torch_on_the_cpu(tiny) -> None:
     """Oracle: eager float64 on the CPU."""
     runner = make_runner(tiny, kernels=True, device="cuda", dtype=torch.float32)
-    runner.record(4, CudaRecorder())
+    runner.record(4)
     assert runner.graphs is not None
     expected = run_script(make_runner(tiny, kernels=False), tiny)
     for found, wanted in zip(run_script(runner, tiny), expected, strict=True):
