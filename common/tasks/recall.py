@@ -48,7 +48,7 @@ class Recall(Task):
         super(Recall, self).__post_init__()
         within("task.needles", self.needles, 1, len(KEYS))
         positive("task.digits", self.digits)
-        shortest = self.needles * self._pair + len(_question("K"))
+        shortest = self.needles * self._needle + len(_question("K"))
         if self.length < shortest:
             raise ConfigError(
                 f"task.length={self.length}: {self.needles} needles need at least {shortest} "
@@ -56,7 +56,7 @@ class Recall(Task):
             )
 
     @property
-    def _pair(self) -> int:
+    def _needle(self) -> int:
         return len(_pair("K", "0" * self.digits))
 
     def document(self, index: int) -> str:
@@ -64,8 +64,8 @@ class Recall(Task):
         generator = self.generator("document", index)
         fewest = min(2, self.needles)
         count = round(fewest * (self.needles / fewest) ** generator.random())
-        room = self.length - len(_question("K")) - count * self._pair
-        length = count * self._pair + generator.randint(0, room)
+        room = self.length - len(_question("K")) - count * self._needle
+        length = count * self._needle + generator.randint(0, room)
         text, pairs, _ = self._haystack(generator, count, length)
         asked = generator.choices(sorted(pairs), k=ROUNDS * count)
         return text + "".join(f"{_question(key)}{pairs[key]}{self.end}" for key in asked) + "\n"
@@ -85,7 +85,7 @@ class Recall(Task):
         return Example(
             prompt=text + _question(key),
             answer=pairs[key],
-            needles=((start, start + self._pair),),
+            needles=((start, start + self._needle),),
             facts={"place": float(place), "position": start / self.length},
         )
 
@@ -103,7 +103,7 @@ class Recall(Task):
         """Return a text of ``length`` characters, its pairs, and where each starts."""
         keys = generator.sample(KEYS, count)
         values = [f"{generator.randrange(10**self.digits):0{self.digits}}" for _ in keys]
-        room = length - count * self._pair
+        room = length - count * self._needle
         cuts = [0, *sorted(generator.randint(0, room) for _ in keys), room]
         text, starts = "", {}
         for number, (key, value) in enumerate(zip(keys, values, strict=True)):
