@@ -31,7 +31,7 @@ class GenerateConfig:
     eval_windows: int = 2
     eval_tokens: int = 256
     frontier: tuple[float, ...] = (0.125, 0.25, 0.5)
-    policies: tuple[str, ...] = ("window", "triattention")
+    policies: tuple[str, ...] = ("window", "keydiff", "triattention")
 
     def __post_init__(self) -> None:
         check_types(self)
