@@ -41,8 +41,7 @@ class Policy(ABC):
         compress_prefill: Compact inside long prompts too; otherwise first at the prompt's end.
 
     Class attributes: ``needs_stats``: it reads calibration statistics; ``needs_budget``: a budget
-    of None is a mistake; ``scores_positional``: its scores hold for purely positional heads too;
-    ``is_standardized``: its scores of different heads and layers can be compared as they are.
+    of None is a mistake; ``scores_positional``: its scores hold for purely positional heads too.
     """
 
     budget: int | None = 64
@@ -57,7 +56,6 @@ class Policy(ABC):
     needs_stats: ClassVar[bool] = False
     needs_budget: ClassVar[bool] = True
     scores_positional: ClassVar[bool] = False
-    is_standardized: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -83,6 +81,11 @@ class Policy(ABC):
     def trigger(self) -> int | None:
         """Physical length, in tokens, at which a sequence is compacted to ``budget``."""
         return None if self.budget is None else self.budget + self.interval
+
+    @property
+    def is_standardized(self) -> bool:
+        """True if its scores of different heads and layers can be compared as they are."""
+        return False
 
     def pinned(self, prompt: int) -> int:
         """Return how many first positions are never evicted, for a prompt of that many tokens."""

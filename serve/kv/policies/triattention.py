@@ -65,12 +65,16 @@ class TriAttentionPolicy(Policy):
     score_pass_through: bool = True
     name: ClassVar[str] = "triattention"
     needs_stats: ClassVar[bool] = True
-    is_standardized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Policy.__post_init__(self)
         if self.offset_max is not None:
             positive("kv.offset_max", self.offset_max)
+
+    @property
+    def is_standardized(self) -> bool:
+        """True where the scores are: then heads and layers can be compared."""
+        return self.normalize
 
     def score(self, view: CacheView) -> Tensor:
         """Return the mean future logit (R, K, S), z-scored per head, combined over the group."""

@@ -24,7 +24,7 @@ class PlainPolicy(Policy):
     """Scores are the norms of the values, compared as they are."""
 
     name: ClassVar[str] = "plain"
-    is_standardized: ClassVar[bool] = True
+    is_standardized = True
 
     def score(self, view: CacheView) -> Tensor:
         """Return |v|."""
@@ -149,6 +149,20 @@ def test_union_of_triattention_is_the_largest_over_query_heads(cache):
         chosen = sorted(fixed + sorted(free, key=best.__getitem__, reverse=True)[:6])
         for row in (request, 2 + request):
             assert all(keep[row, head].tolist() == chosen for head in range(3))
+
+
+@pytest.mark.parametrize("selection", ["union", "per_head"])
+def test_layers_of_large_scores_do_not_decide_alone(cache, selection):
+    """Property: the unit of a layer's queries is nothing to a shared set, z-scores or not."""
+    spec = cache.make_spec(content_heads=6, with_bias=False)
+    view = cache.make_view(spec, aligned=True)
+    view = dataclasses.replace(view, pos_pool=_aligned_over_layers(view))
+    unit = torch.tensor([1.0, 100.0], dtype=torch.float64)
+    stats = {name: torch.einsum("l,l...->l...", unit, x) for name, x in view.stats.items()}
+    scaled = dataclasses.replace(view, stats=stats)
+    for normalize in (True, False):
+        policy = TriAttentionPolicy(budget=9, window=1, selection=selection, normalize=normalize)
+        assert torch.equal(choose(policy, [view], 7)[0], choose(policy, [scaled], 7)[0])
 
 
 def test_per_head_needs_equal_numbers_of_heads(cache):
