@@ -53,36 +53,14 @@ def _turn(
 
 @triton.jit
 def _write_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    cos_ptr,
-    sin_ptr,
-    out_ptr,
-    k_pool_ptr,
-    v_pool_ptr,
-    pos_pool_ptr,
-    position_ptr,
-    slot_ptr,
-    q_token_stride,
-    q_head_stride,
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
-    query_programs,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_PADDED: tl.constexpr,
-    BANDS: tl.constexpr,
-    BANDS_PADDED: tl.constexpr,
-    REST_PADDED: tl.constexpr,
-    STEP: tl.constexpr,
-    TO_IMAG: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, k_pool_ptr, v_pool_ptr, pos_pool_ptr,
+    position_ptr, slot_ptr, q_token_stride, q_head_stride, k_token_stride, k_head_stride,
+    v_token_stride, v_head_stride, query_programs,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, BANDS: tl.constexpr,
+    BANDS_PADDED: tl.constexpr, REST_PADDED: tl.constexpr, STEP: tl.constexpr,
+    TO_IMAG: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     cos_ptr += token * BANDS
@@ -136,58 +114,55 @@ def rope_write(
     Raises:
         ShapeError: if a pool is not contiguous, or a CPU slot lies outside it.
     """
-    tokens, heads, width = q_NHD.shape
-    blocks, kv_heads, block_size, _ = k_pool.shape
-    if cos_NF is None or sin_NF is None:
-        bands, out_NHD = 0, q_NHD
-        cos_NF = sin_NF = q_NHD  # not read
-    else:
-        bands, out_NHD = (
-            cos_NF.shape[1],
-            torch.empty_like(q_NHD, memory_format=torch.contiguous_format),
-        )
-        cos_NF, sin_NF = cos_NF.contiguous(), sin_NF.contiguous()
-    positions_N, slots_N = positions_N.contiguous(), slots_N.contiguous()
-    check_storage(k_pool, k_pool=k_pool, v_pool=v_pool, pos_pool=pos_pool)
-    check_storage(k_pool, positions=positions_N, slots=slots_N)
-    if not k_pool.is_cuda and bool((slots_N >= blocks * block_size).any()):
-        raise ShapeError(
-            f"slots: expected less than {blocks * block_size}, got {int(slots_N.max())};"
-            " pass block * block_size + offset"
-        )
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_NHD, k_NKD, v_NKD))
+    if cos_NF is None or sin_NF is None:
+        bands, out_NHD = 0, q
+        cos_NF = sin_NF = k_pool  # not read
+    else:
+        bands = cos_NF.shape[1]
+        out_NHD = torch.empty_like(q, memory_format=torch.contiguous_format)
+        cos_NF, sin_NF = cos_NF.contiguous(), sin_NF.contiguous()
+    places = (positions_N.contiguous(), slots_N.contiguous())
+    pools = (k_pool, v_pool, pos_pool)
+    check_storage(k_pool, k_pool=k_pool, v_pool=v_pool, pos_pool=pos_pool)
+    check_storage(k_pool, positions=places[0], slots=places[1], cos=cos_NF, sin=sin_NF)
+    _check_slots(k_pool, slots_N)
     tuning = tuning_for(k_pool.device)
-    tile = tuning.write_heads
+    heads, kv_heads = q.shape[1], k.shape[1]
     # Without rotation the queries are returned as they are.
-    query_programs = triton.cdiv(heads, tile) if bands else 0
-    rest = max(width - 2 * bands, 1)
-    _write_kernel[(tokens, query_programs + triton.cdiv(kv_heads, tile))](
-        q,
-        k,
-        v,
-        cos_NF,
-        sin_NF,
-        out_NHD,
-        k_pool,
-        v_pool,
-        pos_pool,
-        positions_N,
-        slots_N,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        query_programs,
+    query_programs = triton.cdiv(heads, tuning.write_heads) if bands else 0
+    programs = query_programs + triton.cdiv(kv_heads, tuning.write_heads)
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    _write_kernel[(len(q), programs)](
+        *(q, k, v, cos_NF, sin_NF, out_NHD, *pools, *places, *strides, query_programs),
         HEADS=heads,
         KV_HEADS=kv_heads,
-        BLOCK_SIZE=block_size,
-        WIDTH=width,
-        WIDTH_PADDED=triton.next_power_of_2(width),
-        BANDS=bands,
-        BANDS_PADDED=triton.next_power_of_2(max(bands, 1)),
-        REST_PADDED=triton.next_power_of_2(rest),
-        STEP=2 if interleaved else 1,
-        TO_IMAG=1 if interleaved else bands,
-        TILE=tile,
+        BLOCK_SIZE=k_pool.shape[2],
+        TILE=tuning.write_heads,
+        **_layout(q.shape[2], bands, interleaved),
         **tuning.options(),
     )
     return out_NHD
+
+
+def _layout(width: int, bands: int, interleaved: bool) -> dict[str, int]:
+    """Return the sizes that say where bands and other components are."""
+    return {
+        "WIDTH": width,
+        "WIDTH_PADDED": triton.next_power_of_2(width),
+        "BANDS": bands,
+        "BANDS_PADDED": triton.next_power_of_2(max(bands, 1)),
+        "REST_PADDED": triton.next_power_of_2(max(width - 2 * bands, 1)),
+        "STEP": 2 if interleaved else 1,
+        "TO_IMAG": 1 if interleaved else bands,
+    }
+
+
+def _check_slots(k_pool: Tensor, slots_N: Tensor) -> None:
+    """Refuse slots outside the pool; seen only on the CPU."""
+    slots = k_pool.shape[0] * k_pool.shape[2]
+    if not k_pool.is_cuda and bool((slots_N >= slots).any()):
+        raise ShapeError(
+            f"slots: expected less than {slots}, got {int(slots_N.max())};"
+            " pass block * block_size + offset"
+        )
