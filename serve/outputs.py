@@ -30,12 +30,13 @@ class Completion:
         kv_kept_fraction: Mean over the new tokens of cached / seen tokens; 1 for a full cache.
         kv_evicted: Cache slots given up so far, per layer and head.
         logprobs: Per new token, natural log-probabilities by token id, the chosen one first.
-        certified_deviation: Per new token, a bound on how far its logits are from those of the
+        certified_deviation: Per token, a bound on how far its logits are from those of the
             full cache on the same tokens: RMS over the vocabulary, largest up to that token. None
-            without a certificate.
-        certified_top1: Per new token, whether the full cache provably has the same most probable
+            without a certificate. In a stream this and the next two come in order but may be some
+            tokens late; the last piece has the rest.
+        certified_top1: Per token, whether the full cache provably has the same most probable
             token. None without a certificate.
-        certified_radius: Per new token, how far the input may move before the full cache's most
+        certified_radius: Per token, how far the input may move before the full cache's most
             probable token can be another one: l2 of an embedded token, 0 where it is not proved.
             None without a certificate.
         error: What went wrong, for ``finish_reason`` "error".
@@ -169,8 +170,8 @@ class Update:
         request: Its request.
         tokens: New tokens.
         logprobs: Their log-probabilities, None unless asked for.
-        deviations: Their certified deviations, None without a proof.
-        keeps_top1: Whether they are proved to be the full cache's.
+        deviations: New certified deviations, maybe of earlier tokens; None without a proof.
+        keeps_top1: Whether those tokens are proved to be the full cache's.
         radii: How far the input may move before that changes.
         finish_reason: Why it ended, None while it goes on.
         error: What went wrong.
@@ -205,22 +206,24 @@ class Reader:
     def __init__(self, sequence: Sequence, *, is_proved: bool) -> None:
         self.sequence = sequence
         self._is_proved = is_proved and sequence.request.params.certified
-        self._count = 0
+        self._count = self._proofs = 0
 
     def read(self) -> Update:
         """Return what came since the last call."""
         sequence, request = self.sequence, self.sequence.request
         new = slice(self._count, sequence.num_output)
         is_first, self._count = self._count == 0, sequence.num_output
+        proofs = slice(self._proofs, len(sequence.radii))
+        self._proofs = proofs.stop
         params = request.params
         is_scored = is_first and request.choice == 0 and params.prompt_logprobs is not None
         return Update(
             request=request,
             tokens=sequence.tokens[len(request.prompt) + new.start :],
             logprobs=sequence.logprobs[new] if params.logprobs is not None else None,
-            deviations=sequence.deviations[new] if self._is_proved else None,
-            keeps_top1=sequence.keeps_top1[new] if self._is_proved else None,
-            radii=sequence.radii[new] if self._is_proved else None,
+            deviations=sequence.deviations[proofs] if self._is_proved else None,
+            keeps_top1=sequence.keeps_top1[proofs] if self._is_proved else None,
+            radii=sequence.radii[proofs] if self._is_proved else None,
             finish_reason=sequence.finish_reason,
             error=sequence.error,
             kept_fraction=sequence.kept_fraction,
@@ -242,6 +245,7 @@ class Writer:
         self._prompt = list(requests[0].prompt)
         self._texts = [Detokenizer(tokenizer, r.params, r.stop_ids) for r in requests]
         self._open = set(range(len(self._texts)))
+        self._unproved = [0] * len(self._texts)
 
     @property
     def is_finished(self) -> bool:
@@ -262,6 +266,9 @@ class Writer:
         if reason is not None:
             self._open.remove(choice)
         last = update.tokens[used - 1] if used else None
+        # Proofs may be late, and belong to tokens that were shown.
+        shown_proofs = self._unproved[choice] + used
+        self._unproved[choice] = max(0, shown_proofs - len(update.radii or ()))
         completion = Completion(
             index=choice,
             text=shown,
@@ -272,9 +279,9 @@ class Writer:
             kv_kept_fraction=update.kept_fraction,
             kv_evicted=update.evicted,
             logprobs=_first(update.logprobs, used),
-            certified_deviation=_first(update.deviations, used),
-            certified_top1=_first(update.keeps_top1, used),
-            certified_radius=_first(update.radii, used),
+            certified_deviation=_first(update.deviations, shown_proofs),
+            certified_top1=_first(update.keeps_top1, shown_proofs),
+            certified_radius=_first(update.radii, shown_proofs),
             error=update.error,
         )
         return RequestOutput(

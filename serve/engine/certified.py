@@ -1,6 +1,6 @@
 """Connects sequences with the eviction ledger: what to observe, what to report per token."""
 
-# Legend: R rows, N queries, Q queries of certified sequences, L layers of a group, H query heads,
+# Legend: R rows, N queries, S sequences, T tokens of each, L layers of a group, H query heads,
 # K key/value heads, D head width, V vocabulary.
 
 from collections.abc import Sequence as Rows
@@ -11,7 +11,10 @@ from torch import Tensor
 from serve.engine.attention import Part
 from serve.engine.companions import Companion
 from serve.engine.request import Sequence
+from serve.kv.block_bound import OUTWARD, Queries
 from serve.kv.eviction import EvictionLedger
+from serve.kv.margin import FARTHEST
+from serve.kv.pending import MOST
 from serve.kv.view import CacheView
 
 Seen = tuple[Tensor, Tensor, Tensor, Tensor]  # queries, kept outputs, used outputs, log-sum-exps
@@ -20,8 +23,9 @@ Seen = tuple[Tensor, Tensor, Tensor, Tensor]  # queries, kept outputs, used outp
 class DeviationTracker(Companion):
     """Certified deviation of running sequences whose request asks for it.
 
-    A sequence gets a ledger row at its first compaction: before it, its deviation is zero. What
-    the layers of a group did is bounded in one go, once the last of them has attended.
+    A sequence gets a ledger row at its first compaction: before it, its deviation is zero. Decoded
+    tokens wait and are bounded together, at the next compaction, at the end, after ``MOST`` tokens
+    or when ``settle`` is called; until then their entries are missing from the sequence.
 
     Args:
         ledger: Bounds the deviation.
@@ -31,49 +35,55 @@ class DeviationTracker(Companion):
 
     def __init__(self, ledger: EvictionLedger, correction: Companion | None = None) -> None:
         self.ledger, self.correction = ledger, correction
-        self._group = {layer: group for group in ledger.group_layers for layer in group}
+        self._group = {i: group.layers for group in ledger.groups.values() for i in group.layers}
         self._seen: dict[tuple[int, int | None], list[Seen]] = {}
+        # Of each sequence with a row: waiting tokens that were recorded, and their margins.
+        self._recorded: dict[Sequence, list[tuple[int, float]]] = {}
 
     def attended(self, part: Part, sequences: Rows[Sequence]) -> Tensor | None:
-        """Bound the deviation of every query whose sequence has lost something."""
+        """Note every query whose sequence has lost something."""
         corrected = None
         if self.correction is not None:
             corrected = self.correction.attended(part, sequences)
-        if part.lse_NH is None:
+        pick = [i for i, sequence in enumerate(sequences) if sequence.ledger_row is not None]
+        if part.lse_NH is None or not pick:
             return corrected
-        rows = [sequence.ledger_row for sequence in sequences]
-        pick = [i for i, row in enumerate(rows) if row is not None]
-        if not pick:
-            return corrected
-        used_NHD = part.o_NHD if corrected is None else corrected
-        seen: Seen = (part.q_NHD, part.o_NHD, used_NHD, part.lse_NH)
-        if part.chunk is None and len(pick) < len(rows):
-            index_Q = torch.tensor(pick, device=part.q_NHD.device)
-            seen = (seen[0][index_Q], seen[1][index_Q], seen[2][index_Q], seen[3][index_Q])
+        seen: Seen = (part.q_NHD, part.o_NHD, part.o_NHD, part.lse_NH)
+        if corrected is not None:
+            seen = (part.q_NHD, part.o_NHD, corrected, part.lse_NH)
         group = self._group[part.layer]
         queue = self._seen.setdefault((group[0], part.chunk), [])
         if part.layer == group[0]:
             queue.clear()
         queue.append(seen)
         if part.layer == group[-1]:
-            self._observe(group, part, [rows[i] for i in pick], pick)
+            self._observe(group, part, [sequences[i] for i in pick], pick)
             queue.clear()
         return corrected
 
     def _observe(
-        self, group: tuple[int, ...], part: Part, rows: list[int | None], pick: list[int]
+        self, group: Rows[int], part: Part, sequences: list[Sequence], pick: list[int]
     ) -> None:
-        queue = self._seen[group[0], part.chunk]
-        queries, outputs, corrected, lses = zip(*queue, strict=True)
-        q, kept, lse = torch.stack(queries), torch.stack(outputs), torch.stack(lses)
-        used = kept if self.correction is None else torch.stack(corrected)
-        rows_Q = torch.tensor(rows, dtype=torch.int64, device=q.device)
-        positions_Q = part.positions_N
+        rows, queries = [s.ledger_row or 0 for s in sequences], self._queries(group, part)
         if part.chunk is not None:
-            rows_Q = rows_Q.expand(len(positions_Q))
-        elif len(pick) < len(positions_Q):
-            positions_Q = positions_Q[torch.tensor(pick, device=q.device)]
-        self.ledger.observe(group, rows_Q, q, kept, used, lse, positions_Q)
+            self.settle(sequences)
+            self.ledger.observe(group, rows, queries.as_one())
+            return
+        if len(pick) < len(part.q_NHD):
+            queries = queries.some(torch.tensor(pick, device=part.q_NHD.device))
+        if len(set(rows)) < len(rows):
+            self.settle(sequences)
+            self.ledger.observe(group, rows, queries)
+            return
+        self.settle([s for s in sequences if self.ledger.waiting(s.ledger_row or 0) == MOST])
+        self.ledger.note(group, rows, queries)
+
+    def _queries(self, group: Rows[int], part: Part) -> Queries:
+        """Return what the group's layers saw, each query as a sequence of one token."""
+        columns = zip(*self._seen[group[0], part.chunk], strict=True)
+        q, kept, used, lse = (torch.stack(x, dim=1)[:, None] for x in columns)
+        used = kept if self.correction is None else used
+        return Queries(q, kept, used, lse, part.positions_N[:, None])
 
     def compacting(self, view: CacheView, sequences: Rows[Sequence], keep_RKS: Tensor) -> None:
         """Tell the ledger what is about to be lost."""
@@ -82,6 +92,7 @@ class DeviationTracker(Companion):
         # The engine compacts certified sequences apart from the others.
         if not sequences[0].request.params.certified:
             return
+        self.settle(sequences)
         for sequence in sequences:
             if sequence.ledger_row is None:
                 sequence.ledger_row = self.ledger.open()
@@ -89,26 +100,54 @@ class DeviationTracker(Companion):
         self.ledger.evict(view, rows, keep_RKS)
 
     def record(self, sequences: Rows[Sequence], logits_RV: Tensor) -> None:
-        """Append what is proved of the token that each sequence is about to get."""
+        """Take the margin of the token that each sequence is about to get."""
         asked = [i for i, s in enumerate(sequences) if s.request.params.certified]
         if not asked:
             return
         if len(asked) < len(sequences):
-            sequences = [sequences[i] for i in asked]
             logits_RV = logits_RV[asked]
-        # Row 0 of the ledger has lost nothing.
-        deviation = self.ledger.deviation([s.ledger_row or 0 for s in sequences])
-        proved_R, radius_R = deviation.top1(logits_RV)
-        found = torch.stack((deviation.logits_R, proved_R.double(), radius_R), dim=1)
-        for sequence, (bound, is_kept, radius) in zip(sequences, found.tolist(), strict=True):
-            sequence.deviations.append(bound)
-            sequence.keeps_top1.append(bool(is_kept))
-            sequence.radii.append(radius)
+        margins = self.ledger.margins.distance(logits_RV).tolist()
+        full = []
+        for i, margin in zip(asked, margins, strict=True):
+            sequence = sequences[i]
+            if sequence.ledger_row is None:
+                self._append(sequence, 0.0, margin)
+                continue
+            waiting = self.ledger.waiting(sequence.ledger_row)
+            self._recorded.setdefault(sequence, []).append((waiting, margin))
+            # A stop string ends a text before the engine knows: its proofs must not lag behind.
+            if waiting in (0, MOST) or sequence.request.params.stop:
+                full.append(sequence)
+        if full:
+            self.settle(full)
+
+    def settle(self, sequences: Rows[Sequence]) -> None:
+        """Bound the waiting tokens of these sequences, and of others that have many."""
+        due = list(dict.fromkeys(s for s in sequences if s.ledger_row is not None))
+        if not due:
+            return
+        many = MOST // 2
+        for sequence in self._recorded:
+            row = sequence.ledger_row
+            if sequence not in due and row is not None and self.ledger.waiting(row) >= many:
+                due.append(sequence)
+        bounds = self.ledger.settle([sequence.ledger_row or 0 for sequence in due])
+        for sequence, streams in zip(due, bounds, strict=True):
+            for index, margin in self._recorded.pop(sequence, []):
+                self._append(sequence, streams[index], margin)
 
     def close(self, sequence: Sequence) -> None:
         """Give back the row of a sequence that ended."""
         if self.correction is not None:
             self.correction.close(sequence)
         if sequence.ledger_row is not None:
+            self.settle([sequence])
             self.ledger.close(sequence.ledger_row)
             sequence.ledger_row = None
+
+    def _append(self, sequence: Sequence, stream: float, margin: float) -> None:
+        """Report a token, given the movement of its stream and what that may be at most."""
+        left = max(margin - stream, 0.0) / self.ledger.certificate.stream * (1 - OUTWARD)
+        sequence.deviations.append(stream * self.ledger.to_logits)
+        sequence.keeps_top1.append(stream == 0 or margin > stream)
+        sequence.radii.append(min(left, FARTHEST))

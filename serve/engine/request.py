@@ -108,7 +108,8 @@ class Sequence:
         reserved: Blocks set aside for it at admission; 0 for optimistic allocation.
         logprobs: Log-probabilities of each generated token, if asked for.
         prompt_logprobs: Log-probabilities of each prompt token but the first, if asked for.
-        deviations: Certified logits deviation (RMS over the vocabulary) at each generated token.
+        deviations: Certified logits deviation (RMS over the vocabulary) at each generated token;
+            it and the next two may lag some tokens behind until the sequence ends.
         keeps_top1: Whether the full cache provably has the same most probable token.
         radii: How far the input may move before the full cache's most probable token can be
             another one, l2 of an embedded token; 0 where that token is not proved.

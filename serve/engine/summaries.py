@@ -20,7 +20,7 @@ from serve.engine.attention import Part
 from serve.engine.companions import Companion
 from serve.engine.request import Sequence
 from serve.kv.bias import BiasTable
-from serve.kv.summary import Clusters, map_length
+from serve.kv.summary import Clusters
 from serve.kv.summary_store import SummaryStore
 from serve.kv.view import CacheView
 
@@ -100,9 +100,12 @@ class Summaries(Companion):
         if group.bias is None:
             log_count = clusters.log_count[:, :, None]
         else:
-            layer_N = torch.full_like(part.positions_N, index)
-            sums = group.bias.masses(layer_N, part.positions_N, clusters.is_gone, self.clusters)
-            log_count = sums[0].to(self.dtype)
+            # A chunk is one row of many queries.
+            rows = len(clusters.seen)
+            layer_R = torch.full((rows,), index, device=self.device)
+            found = group.bias.masses(layer_R, part.positions_N.view(rows, -1), clusters)
+            log_RKGTC = found.log_total.to(self.dtype).unflatten(2, (group.spec.group, -1))
+            log_count = log_RKGTC.permute(0, 3, 1, 2, 4).flatten(0, 1)
         q_NKGD = part.q_NHD.to(self.dtype).unflatten(1, heads)
         z_NKGC = (group.spec.scale * q_NKGD) @ clusters.keys.mT + log_count
         lse_NKG1 = part.lse_NH.to(self.dtype).unflatten(1, heads)[..., None]
@@ -114,10 +117,7 @@ class Summaries(Companion):
     def _group(self, decoder: Decoder, layers: tuple[int, ...]) -> _Group:
         specs = [decoder.layers[layer] for layer in layers]
         biases = [spec.bias_HT for spec in specs if spec.bias_HT is not None]
-        positions = map_length(decoder.context, self.clusters) if biases else None
-        shape = (len(layers), specs[0], self.clusters)
-        store = SummaryStore(*shape, self.device, self.dtype, positions)
-        bias = None
-        if positions is not None:
-            bias = BiasTable.of(torch.stack(biases).to(self.device), positions)
+        shape, context = (len(layers), specs[0], self.clusters), decoder.context if biases else None
+        store = SummaryStore(*shape, self.device, self.dtype, context)
+        bias = BiasTable(torch.stack(biases).to(self.device), store.segment) if biases else None
         return _Group(layers, specs[0], store, bias, {})

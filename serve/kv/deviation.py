@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serve.kv.bias import BiasMass
 from serve.kv.summary import Clusters, outward
 
 ROUNDINGS = 8  # allowed units in the last place of outputs and log-sum-exps handed in
@@ -43,7 +44,7 @@ def cluster_masses(
     clusters: Clusters,
     scale: float,
     q_RKGD: Tensor,
-    bias_sums: tuple[Tensor, Tensor] | None = None,
+    bias: BiasMass | None = None,
 ) -> Masses:
     """Bound the evicted mass of every cluster, and how unevenly it is spread.
 
@@ -59,7 +60,7 @@ def cluster_masses(
         clusters: Of the rows.
         scale: Factor on the query-key product.
         q_RKGD: Queries after RoPE, in the dtype of the clusters.
-        bias_sums: ``BiasTable.masses`` of the queries, None without bias.
+        bias: Evicted masses of the queries' biases, None without.
     """
     out = outward(q_RKGD.dtype)
     q_RKGD = scale * q_RKGD
@@ -70,20 +71,18 @@ def cluster_masses(
     slack = out * (1 + 2 * length_RKG1 * clusters.key_norm[:, :, None] + spread)
     tilt = 2 * (spread / 2).tanh()
     middle = q_RKGD @ clusters.keys.mT
-    if bias_sums is None:
+    if bias is None:
         lower = middle + clusters.log_count[:, :, None]
         upper = lower + torch.minimum(spread, half_square)
         slack = slack + out * clusters.log_count[:, :, None].clamp(min=0)
     else:
-        log_mass, squares = bias_sums
-        count = clusters.count[:, :, None]
-        uneven = (count * squares * (1 + 1e-12) - 1).clamp(min=0).sqrt()
-        uneven = uneven.masked_fill(count == 0, 0.0).to(middle.dtype)
-        slack = slack + out * log_mass.abs().nan_to_num(posinf=0.0).to(middle.dtype)
-        middle = middle + log_mass.to(middle.dtype)
+        count, dtype = clusters.count[:, :, None], middle.dtype
+        uneven = (count * bias.squares * (1 + 1e-12) - 1).clamp(min=0).sqrt()
+        uneven = uneven.masked_fill(count == 0, 0.0).to(dtype)
+        slack = slack + out * bias.upper.abs().nan_to_num(posinf=0.0).to(dtype)
         shift = spread * uneven.clamp(max=1)
-        lower = (middle - shift).masked_fill(uneven.isinf(), -torch.inf)
-        upper = middle + torch.minimum(spread, shift + half_square)
+        lower = middle + bias.lower.to(dtype) - shift
+        upper = middle + bias.upper.to(dtype) + torch.minimum(spread, shift + half_square)
         tilt = tilt + uneven
     # An empty cluster has log 0 = -inf, which finite slack leaves alone.
     return Masses(lower - slack, upper + slack, (tilt * (1 + out)).clamp(max=2.0))

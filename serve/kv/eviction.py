@@ -1,11 +1,11 @@
 """The eviction ledger: what each sequence has lost, and what that can have done to its logits.
 
-One row per sequence. ``evict`` before a compaction, ``observe`` after the attention of the layers
-of a group, ``deviation`` after each step; the mathematics is in ``deviation.py``.
+One row per sequence. ``evict`` before a compaction, ``note`` or ``observe`` after the attention of
+a group of layers, ``settle`` before the next compaction; the mathematics is in ``deviation.py``.
 """
 
-# Legend: L layers of a group, Q sequences or tokens of a call, R = L * Q rows (layer-major),
-# K key/value heads, H query heads, D head width, V vocabulary, N layers of the model.
+# Legend: S, Q, R sequences, T tokens of each, L layers of a group, N layers of the model,
+# K key/value heads, V vocabulary.
 
 import math
 from collections.abc import Sequence
@@ -18,16 +18,11 @@ from common.certificate import Certificate
 from common.config import positive
 from common.errors import CertificateError
 from common.models import LipschitzTransformer
-from common.norms import spectral_norm_bound
-from serve.decoder import LayerSpec, LipschitzDecoder
-from serve.kv.bias import BiasTable
-from serve.kv.deviation import ROUNDINGS, Attended, cluster_masses, head_deviation
+from serve.decoder import LipschitzDecoder
+from serve.kv.block_bound import OUTWARD, BlockBound, Queries
 from serve.kv.margin import FARTHEST, HeadMargins
-from serve.kv.summary import map_length, outward
-from serve.kv.summary_store import LARGEST, SummaryStore
+from serve.kv.pending import Pending
 from serve.kv.view import CacheView
-
-OUTWARD = outward(torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,35 +65,6 @@ class Deviation:
         return self.top1(logits_RV)[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Layers of one shape: what they lost, and their constants.
-
-    ``gain_L`` is residual weight times attention factor; ``norm_L`` bounds the spectral norm of
-    the output matrix, ``head_norm_LH`` that of each head's columns, in float64; ``key_L`` and
-    ``value_L`` bound the norms of all cached keys and values, in working precision.
-    """
-
-    layers: tuple[int, ...]
-    spec: LayerSpec
-    store: SummaryStore
-    bias: BiasTable | None
-    positions: int
-    gain_L: Tensor
-    norm_L: Tensor
-    head_norm_LH: Tensor
-    key_L: Tensor
-    value_L: Tensor
-
-    def block_deviation(self, layer_R: Tensor, head_RH: Tensor) -> Tensor:
-        """Bound the l2 movement (R,) of the stream from that of each head's output (R, H)."""
-        # What overflowed is unknown, hence unbounded.
-        head_RH = head_RH.double().nan_to_num(nan=torch.inf, posinf=torch.inf)
-        joint_R = self.norm_L[layer_R] * head_RH.norm(dim=1)
-        apart_R = (head_RH * self.head_norm_LH[layer_R]).sum(1)
-        return self.gain_L[layer_R] * (1 + OUTWARD) * torch.minimum(joint_R, apart_R)
-
-
 class EvictionLedger:
     """Certified eviction error of every running sequence.
 
@@ -125,161 +91,135 @@ class EvictionLedger:
         self, model: LipschitzTransformer, certificate: Certificate, *, clusters: int = 8
     ) -> None:
         positive("clusters", clusters)
-        config = model.config
-        if len(certificate.blocks) != 2 * config.layers:
+        layers = model.config.layers
+        if len(certificate.blocks) != 2 * layers:
             raise CertificateError(
-                f"certificate of {len(certificate.blocks)} blocks: expected {2 * config.layers};"
+                f"certificate of {len(certificate.blocks)} blocks: expected {2 * layers};"
                 " run lipllm certify"
             )
-        self.model, self.certificate, self.clusters = model, certificate, clusters
-        self.device = model.embedding.weight.device
-        self.dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
+        self.model, self.certificate = model, certificate
         decoder = LipschitzDecoder(model)
-        self.group_layers = decoder.groups
-        self._groups = {layers[0]: self._group(decoder, layers) for layers in decoder.groups}
+        self.device = decoder.device
+        self.groups = {
+            group[0]: BlockBound(decoder, model, group, certificate, clusters)
+            for group in decoder.groups
+        }
         self.margins = HeadMargins(model, certificate)
-        amplification = [certificate.amplification(2 * i) for i in range(config.layers)]
-        self.amplification_N = self._tensor(amplification)
+        amplification = [certificate.amplification(2 * i) for i in range(layers)]
+        self.amplification_N = torch.tensor(amplification, dtype=torch.float64, device=self.device)
         self.delta_RN = torch.zeros_like(self.amplification_N)[None]
+        self._pending = {first: Pending() for first in self.groups}
+        self._waiting: dict[int, int] = {}
 
     @torch.inference_mode()
     def open(self) -> int:
         """Start a sequence with nothing evicted and return its row; row 0 is never given."""
-        (row,) = {group.store.open() for group in self._groups.values()}
+        (row,) = {group.store.open() for group in self.groups.values()}
         missing = row + 1 - len(self.delta_RN)
         if missing > 0:
             more = self.delta_RN.new_zeros(missing, self.delta_RN.shape[1])
             self.delta_RN = torch.cat((self.delta_RN, more))
         self.delta_RN[row] = 0
+        self._waiting[row] = 0
         return row
 
     def close(self, row: int) -> None:
         """End a sequence; its row may be given to another."""
-        for group in self._groups.values():
+        for group in self.groups.values():
             group.store.close(row)
+        self._waiting.pop(row, None)
 
     def evict(self, view: CacheView, rows: Sequence[int], keep_RKS: Tensor) -> None:
         """Note what a compaction is about to drop; call it before ``compact_kv``.
 
         Args:
             view: The cache of one group of layers before the compaction.
-            rows: Ledger row of each sequence of the view, distinct.
+            rows: Ledger row of each sequence of the view, distinct; none has waiting tokens.
             keep_RKS: Slots that survive, from ``choose``.
         """
-        self._groups[view.layers[0]].store.evict(view, rows, keep_RKS)
+        self.groups[view.layers[0]].store.evict(view, rows, keep_RKS)
+
+    def waiting(self, row: int) -> int:
+        """Return how many tokens of a sequence have no bound yet; ``pending.MOST`` at most."""
+        return self._waiting[row]
 
     @torch.inference_mode()
-    def observe(
-        self,
-        layers: Sequence[int],
-        rows_Q: Tensor,
-        q_LQHD: Tensor,
-        kept_LQHD: Tensor,
-        used_LQHD: Tensor,
-        lse_LQH: Tensor,
-        positions_Q: Tensor,
-    ) -> None:
-        """Bound the deviation of a group's layers at one token per row; keep the largest so far.
+    def note(self, layers: Sequence[int], rows: Sequence[int], queries: Queries) -> None:
+        """Keep one token of each sequence until ``settle``; after its last group it waits.
 
         Args:
-            layers: A group of layers, one of ``group_layers``.
-            rows_Q: Ledger row of each token, int64; a sequence may occur several times.
-            q_LQHD: Queries after RoPE.
-            kept_LQHD: Attention outputs over the kept keys.
-            used_LQHD: The outputs that went on through the model.
-            lse_LQH: Log-sum-exp of the kept logits.
-            positions_Q: Original positions of the queries.
+            layers: A group of layers.
+            rows: Ledger row of each sequence, distinct.
+            queries: The tokens (S sequences, T = 1).
         """
-        group = self._groups[layers[0]]
-        # A chunk of many tokens goes in parts: each needs so many numbers per head.
-        wide = max(self.clusters * q_LQHD.shape[3], group.positions)
-        step = max(1, LARGEST // (len(layers) * q_LQHD.shape[2] * wide))
-        layer_L = torch.tensor(layers, device=self.device)
-        for first in range(0, len(rows_Q), step):
-            part = slice(first, first + step)
-            given = (x[:, part].flatten(0, 1) for x in (q_LQHD, kept_LQHD, used_LQHD, lse_LQH))
-            delta_R = self._block_deviation(group, rows_Q[part], positions_Q[part], *given)
-            delta_QL = delta_R.view(len(layers), -1).T
-            into_QL = rows_Q[part, None].expand_as(delta_QL)
-            worst = self.delta_RN[:, layer_L].scatter_reduce(0, into_QL, delta_QL, "amax")
-            self.delta_RN[:, layer_L] = worst
+        group, waiting = self.groups[layers[0]], [self._waiting[row] for row in rows]
+        rows_Q, slots_Q = self._rows(rows), self._rows(waiting)
+        self._pending[layers[0]].put(rows_Q, slots_Q, group.store.rows, queries)
+        if layers[-1] == len(self.amplification_N) - 1:
+            self._waiting.update((row, count + 1) for row, count in zip(rows, waiting, strict=True))
 
-    def _block_deviation(
-        self,
-        group: _Group,
-        rows_Q: Tensor,
-        positions_Q: Tensor,
-        q_RHD: Tensor,
-        kept_RHD: Tensor,
-        used_RHD: Tensor,
-        lse_RH: Tensor,
-    ) -> Tensor:
-        clusters, layers = group.store.take(rows_Q), len(group.layers)
-        layer_R = torch.arange(layers, device=self.device).repeat_interleave(len(rows_Q))
-        heads = (group.spec.kv_heads, -1)
-        q_RKGD = q_RHD.to(self.dtype).unflatten(1, heads)
-        sums = None
-        if group.bias is not None:
-            positions_R = positions_Q.repeat(layers)
-            sums = group.bias.masses(layer_R, positions_R, clusters.is_gone, self.clusters)
-        masses = cluster_masses(clusters, group.spec.scale, q_RKGD, sums)
-        # A dot product rounds relative to |q||k|, which may be far above the logit itself.
-        unit = (q_RHD.shape[2] + ROUNDINGS) * torch.finfo(lse_RH.dtype).eps
-        key_R11 = group.key_L[layer_R, None, None]
-        attended = Attended(
-            kept_RKGD=kept_RHD.unflatten(1, heads),
-            used_RKGD=used_RHD.unflatten(1, heads),
-            lse_RKG=lse_RH.unflatten(1, heads),
-            error_RKG=unit * group.spec.scale * key_R11 * q_RKGD.norm(dim=-1),
-            value_bound=group.value_L[layer_R, None, None],
+    @torch.inference_mode()
+    def observe(self, layers: Sequence[int], rows: Sequence[int], queries: Queries) -> None:
+        """Bound the deviation of many tokens at once; keep the largest so far.
+
+        Args:
+            layers: A group of layers.
+            rows: Ledger row of each sequence, without waiting tokens; it may occur several times.
+            queries: The tokens.
+        """
+        group, rows_S = self.groups[layers[0]], self._rows(rows)
+        delta_SL = group.deltas(rows_S, queries).amax(1)
+        layer_L = self._rows(group.layers)
+        worst = self.delta_RN[:, layer_L].scatter_reduce(
+            0, rows_S[:, None].expand_as(delta_SL), delta_SL, "amax"
         )
-        return group.block_deviation(layer_R, head_deviation(clusters, masses, attended))
+        self.delta_RN[:, layer_L] = worst
+
+    @torch.inference_mode()
+    def settle(self, rows: Sequence[int]) -> list[list[float]]:
+        """Bound what waits.
+
+        Returns:
+            Of each sequence, the bound on the movement of its final stream before the waiting
+            tokens and at each of them.
+        """
+        counts, rows_S = [self._waiting.get(row, 0) for row in rows], self._rows(rows)
+        before_S1N = self.delta_RN[rows_S][:, None]
+        tokens = max(counts, default=0)
+        if tokens == 0:
+            return self._stream(before_S1N).tolist()
+        delta_STN = before_S1N.repeat(1, tokens, 1)
+        for first, group in self.groups.items():
+            found = group.deltas(rows_S, self._pending[first].take(rows_S, tokens))
+            delta_STN[..., self._rows(group.layers)] = found
+        is_pad_ST = torch.arange(tokens, device=self.device) >= self._rows(counts)[:, None]
+        delta_STN.masked_fill_(is_pad_ST[..., None], 0.0)
+        running = torch.cat((before_S1N, delta_STN), dim=1).cummax(1).values
+        self.delta_RN[rows_S] = running[:, -1]
+        self._waiting.update((row, 0) for row in rows if row in self._waiting)
+        bounds = self._stream(running).tolist()
+        return [row[: count + 1] for row, count in zip(bounds, counts, strict=True)]
 
     @torch.inference_mode()
     def deviation(self, rows: Sequence[int]) -> Deviation:
         """Bound how far the sequences are from full attention on the same tokens."""
-        rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        delta_RN = self.delta_RN[rows_R]
-        # A bound may be infinite where nothing moved; zero times infinity is zero here.
-        moved_RN = torch.where(delta_RN == 0, 0, delta_RN * self.amplification_N)
-        stream_R = moved_RN.sum(1) * (1 + OUTWARD)
+        self.settle(rows)
+        stream_R = self._stream(self.delta_RN[self._rows(rows)])
+        pair_R = stream_R * self.certificate.pair_norm
+        bounds = (stream_R, stream_R * self.to_logits, pair_R)
+        return Deviation(*bounds, self.margins, self.certificate.stream)
+
+    @property
+    def to_logits(self) -> float:
+        """Bound on the RMS movement of the logits per movement of the final stream."""
         certificate = self.certificate
-        to_logits = certificate.head_norm / math.sqrt(certificate.vocab_size) * (1 + OUTWARD)
-        pair_R = stream_R * certificate.pair_norm
-        bounds = (stream_R, stream_R * to_logits, pair_R)
-        return Deviation(*bounds, self.margins, certificate.stream)
+        return certificate.head_norm / math.sqrt(certificate.vocab_size) * (1 + OUTWARD)
 
-    def _group(self, decoder: LipschitzDecoder, layers: tuple[int, ...]) -> _Group:
-        specs = [decoder.layers[layer] for layer in layers]
-        biases = [spec.bias_HT for spec in specs if spec.bias_HT is not None]
-        positions = map_length(decoder.context, self.clusters) if biases else None
-        bias = None
-        if positions is not None:
-            bias = BiasTable.of(torch.stack(biases), positions)
-        blocks = [self.model.layers[layer] for layer in layers]
-        outputs = [block.attention.output.weight for block in blocks]
-        heads = [w_OI.split(specs[0].head_dim, dim=1) for w_OI in outputs]
-        head_norms = [[spectral_norm_bound(w_OI) for w_OI in split] for split in heads]
-        keys, values = zip(*(self._cached_bounds(layer) for layer in layers), strict=True)
-        shape = (len(layers), specs[0], self.clusters)
-        return _Group(
-            layers,
-            specs[0],
-            SummaryStore(*shape, self.device, self.dtype, positions),
-            bias,
-            positions or 0,
-            self._tensor([b.layer.attn_residual * b.layer.attn_factor for b in blocks]),
-            self._tensor([spectral_norm_bound(w_OI) for w_OI in outputs]),
-            torch.tensor(head_norms, dtype=torch.float64, device=self.device),
-            *((self._tensor(x) * (1 + outward(self.dtype))).to(self.dtype) for x in (keys, values)),
-        )
+    def _stream(self, delta_XN: Tensor) -> Tensor:
+        """Bound the movement (...) of the final stream from that of each attention block."""
+        # A bound may be infinite where nothing moved; zero times infinity is zero here.
+        moved = torch.where(delta_XN == 0, 0, delta_XN * self.amplification_N)
+        return moved.sum(-1) * (1 + OUTWARD)
 
-    def _cached_bounds(self, index: int) -> tuple[float, float]:
-        """Bound the norms of all cached keys and values of a layer, with room for rounding."""
-        attention, radius = self.model.layers[index].attention, 1.01
-        radius *= self.certificate.blocks[2 * index].radius_in
-        key = 0.0 if attention.key is None else spectral_norm_bound(attention.key.weight)
-        return key * radius, spectral_norm_bound(attention.value.weight) * radius
-
-    def _tensor(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.device)
+    def _rows(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)

@@ -4,8 +4,8 @@ Positions are cut into segments; all evicted tokens of a segment form a cluster.
 when a sequence outgrows them, so that a few clusters serve any length.
 """
 
-# Legend: R rows, K key/value heads, C clusters, E evicted slots (padded), D head width,
-# P positions of a map. Keys and values lie side by side on an axis of 2.
+# Legend: R rows, K key/value heads, C clusters, E evicted slots (padded), W kept tokens (padded),
+# D head width. Keys and values lie side by side on an axis of 2.
 
 from dataclasses import dataclass
 
@@ -33,7 +33,8 @@ class Clusters:
         key_radius: Bound on the distance of an evicted key from the exact mean (R, K, C).
         value_norm: l2 norm of the mean value (R, K, C).
         value_radius: As for keys.
-        is_gone: Evicted positions (R, K, P), bool; P is 0 where nobody asks for them.
+        kept: Positions that survived the last eviction (R, K, W), -1 in padding; for biases.
+        seen: From this position on (R,) everything is kept.
     """
 
     count: Tensor
@@ -44,7 +45,8 @@ class Clusters:
     key_radius: Tensor
     value_norm: Tensor
     value_radius: Tensor
-    is_gone: Tensor
+    kept: Tensor
+    seen: Tensor
 
     def rows(self, first: int, count: int) -> "Clusters":
         """Return some rows, as views."""
@@ -61,22 +63,18 @@ class Summary:
         centre: Their mean keys and values (R, K, C, 2, D).
         radius: Largest distance from these (R, K, C, 2), rounded up.
         exponent: Segments have ``2 ** exponent`` positions (R,), int64.
-        is_gone: Evicted positions (R, K, P), bool; P is 0 where nobody asks for them.
+        seen: A number above every evicted position (R,), int64.
     """
 
     count: Tensor
     centre: Tensor
     radius: Tensor
     exponent: Tensor
-    is_gone: Tensor
+    seen: Tensor
 
     @classmethod
     def empty(
-        cls,
-        shape: tuple[int, int, int],
-        width: int,
-        device: torch.device,
-        positions: int | None = None,
+        cls, shape: tuple[int, int, int], width: int, device: torch.device, exponent: int = 0
     ) -> "Summary":
         """Return the summary of no evictions.
 
@@ -84,22 +82,20 @@ class Summary:
             shape: (R, K, C).
             width: Head width.
             device: Where it lives.
-            positions: Length of the map of evicted positions; the segments then have the fixed
-                length that covers it. None keeps no map, and lets segments grow.
+            exponent: Segments have at least ``2 ** exponent`` positions.
         """
         double = {"dtype": torch.float64, "device": device}
-        exponent = segment_exponent(positions or 1, shape[2])
         return cls(
             torch.zeros(*shape, **double),
             torch.zeros(*shape, 2, width, **double),
             torch.zeros(*shape, 2, **double),
             torch.full(shape[:1], exponent, dtype=torch.int64, device=device),
-            torch.zeros(*shape[:2], positions or 0, dtype=torch.bool, device=device),
+            torch.zeros(shape[:1], dtype=torch.int64, device=device),
         )
 
     def fields(self) -> tuple[Tensor, ...]:
         """Return the tensors in declaration order."""
-        return self.count, self.centre, self.radius, self.exponent, self.is_gone
+        return self.count, self.centre, self.radius, self.exponent, self.seen
 
     def add(
         self, x_RKE2D: Tensor, positions_RKE: Tensor, is_gone_RKE: Tensor, seen_R: Tensor
@@ -113,6 +109,7 @@ class Summary:
             seen_R: A number above every position so far.
         """
         self._widen(seen_R)
+        self.seen = seen_R
         clusters, old_count = self.count.shape[2], self.count
         where_RKE = positions_RKE.clamp(min=0)
         cluster_RKE = (where_RKE >> self.exponent[:, None, None]).clamp(max=clusters - 1)
@@ -132,18 +129,22 @@ class Summary:
         far_RKE2 = own_RKE2D.sub_(x_RKE2D).norm(dim=-1) * is_gone_RKE[..., None]
         self.centre = moved
         self.radius = _largest(grown, far_RKE2, cluster_RKE)
-        if self.is_gone.shape[2]:
-            index = where_RKE.clamp(max=self.is_gone.shape[2] - 1)
-            self.is_gone = self.is_gone.scatter_reduce(2, index, is_gone_RKE, "amax")
 
-    def clusters(self, dtype: torch.dtype) -> Clusters:
-        """Return what a step needs, in working precision; radii are rounded up."""
+    def clusters(self, dtype: torch.dtype, kept_RKW: Tensor | None = None) -> Clusters:
+        """Return what a step needs, in working precision; radii are rounded up.
+
+        Args:
+            dtype: Working precision.
+            kept_RKW: Positions that survived, -1 in padding; only biases ask for them.
+        """
         centre, count = self.centre.to(dtype), self.count.to(dtype)
         key_norm, value_norm = centre.norm(dim=-1).unbind(-1)
         key_radius, value_radius = (self.radius.to(dtype) * (1 + outward(dtype))).unbind(-1)
         keys, values = centre.unbind(3)
         sizes = (key_norm, key_radius, value_norm, value_radius)
-        return Clusters(count, count.log(), keys, values, *sizes, self.is_gone)
+        if kept_RKW is None:
+            kept_RKW = self.seen.new_zeros(*count.shape[:2], 0)
+        return Clusters(count, count.log(), keys, values, *sizes, kept_RKW, self.seen)
 
     def _widen(self, seen_R: Tensor) -> None:
         """Double segments until they cover ``seen_R``; clusters that now share one are joined."""
@@ -178,8 +179,3 @@ def _largest(floor_RKC2: Tensor, x_RKE2: Tensor, into_RKE: Tensor) -> Tensor:
 def segment_exponent(positions: int, clusters: int) -> int:
     """Return the smallest e such that ``clusters`` segments of ``2 ** e`` cover the positions."""
     return max(0, (-(-positions // clusters) - 1).bit_length())
-
-
-def map_length(context: int, clusters: int) -> int:
-    """Return the length of a map of evicted positions that all segments together have."""
-    return clusters << segment_exponent(context, clusters)

@@ -1,15 +1,16 @@
 """Summaries of all running sequences, for layers of one shape."""
 
 # Legend: L layers, R rows of a call, Q sequences, K key/value heads, C clusters, S slots, E evicted
-# slots (padded), D head width, P positions of a map, N table width (blocks).
+# slots (padded), W kept tokens (padded), D head width, N table width (blocks).
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from serve.decoder import LayerSpec
-from serve.kv.summary import Clusters, Summary
+from serve.kv.summary import Clusters, Summary, segment_exponent
 from serve.kv.view import CacheView
 
 LARGEST = 1 << 22  # numbers of a temporary
@@ -26,7 +27,8 @@ class SummaryStore:
         clusters: Clusters per key/value head (C).
         device: Where it lives.
         dtype: Working precision, float32 or float64.
-        positions: Length of the map of evicted positions, None for none.
+        context: Longest sequence, for layers with biases: their segments are fixed, and the
+            positions that survive are remembered. None for other layers.
     """
 
     def __init__(
@@ -36,29 +38,35 @@ class SummaryStore:
         clusters: int,
         device: torch.device,
         dtype: torch.dtype,
-        positions: int | None = None,
+        context: int | None = None,
     ) -> None:
         self.layers, self.device, self.dtype, self.rows = layers, device, dtype, 1
         self._shape, self._width = (spec.kv_heads, clusters), spec.head_dim
-        self._positions = positions
+        self._exponent = None if context is None else segment_exponent(context, clusters)
         self._sums, self._work = self._empty(1)
+        self._kept = torch.zeros(layers, spec.kv_heads, 0, dtype=torch.int64, device=device)
         self._free: list[int] = []
+
+    @property
+    def segment(self) -> int:
+        """Positions per cluster where that is fixed."""
+        return 1 << (self._exponent or 0)
 
     @torch.inference_mode()
     def open(self) -> int:
         """Return a row with nothing evicted."""
         if not self._free:
-            more = self._empty(self.rows)
-            self._sums, self._work = (
-                [self._append(*pair) for pair in zip(old, new, strict=True)]
-                for old, new in zip((self._sums, self._work), more, strict=True)
-            )
+            sums, work = self._empty(self.rows)
+            self._sums = [self._append(*pair) for pair in zip(self._sums, sums, strict=True)]
+            self._work = [self._append(*pair) for pair in zip(self._work, work, strict=True)]
+            self._kept = self._append(self._kept, torch.full_like(self._kept, -1))
             self._free = list(range(2 * self.rows - 1, self.rows - 1, -1))
             self.rows *= 2
         row = self._free.pop()
         first_L = torch.arange(0, self.layers * self.rows, self.rows, device=self.device)
         for table in (*self._sums, *self._work):
             table[first_L + row] = table[0].clone()
+        self._kept[first_L + row] = -1
         return row
 
     def close(self, row: int) -> None:
@@ -68,9 +76,10 @@ class SummaryStore:
     def take(self, rows_Q: Tensor) -> Clusters:
         """Return what steps need of some rows of all layers, layer-major: tensors (L * Q, ...)."""
         index_R = self._flat(rows_Q)
-        centre, small, is_gone = (table.index_select(0, index_R) for table in self._work)
+        tables = (*self._work, self._kept, self._sums[-1])
+        centre, small, kept, seen = (table.index_select(0, index_R) for table in tables)
         count, log_count, *sizes = small.unbind(-1)
-        return Clusters(count, log_count, *centre.unbind(3), *sizes, is_gone)
+        return Clusters(count, log_count, *centre.unbind(3), *sizes, kept, seen)
 
     @torch.inference_mode()
     def evict(self, view: CacheView, rows: Sequence[int], keep_RKS: Tensor) -> None:
@@ -82,6 +91,8 @@ class SummaryStore:
             keep_RKS: Slots that survive, from ``choose``.
         """
         index_R = self._flat(torch.tensor(rows, dtype=torch.int64, device=self.device))
+        if self._exponent is not None:
+            self._remember(view, index_R, keep_RKS)
         block_size, width = view.k_pool.shape[2:]
         most = view.tables_RN.shape[1] * block_size - keep_RKS.shape[2]
         step = max(1, LARGEST // max(1, keep_RKS.shape[1] * most * width))
@@ -93,12 +104,20 @@ class SummaryStore:
                 for table, value in zip(tables, new, strict=True):
                     table.index_copy_(0, index_R[part], value)
 
+    def _remember(self, view: CacheView, index_R: Tensor, keep_RKS: Tensor) -> None:
+        """Note which positions survive."""
+        missing = keep_RKS.shape[2] - self._kept.shape[2]
+        if missing > 0:
+            self._kept = F.pad(self._kept, (0, missing), value=-1)
+        kept_RKS = view.slot_positions().gather(2, keep_RKS)
+        self._kept[index_R] = F.pad(kept_RKS, (0, max(0, -missing)), value=-1)
+
     def _cast(self, summary: Summary) -> list[Tensor]:
-        """Return the tables of ``take``: centres, numbers of each cluster, evicted positions."""
+        """Return two tables of ``take``: centres, and numbers of each cluster."""
         now = summary.clusters(self.dtype)
         sizes = (now.key_norm, now.key_radius, now.value_norm, now.value_radius)
         small = torch.stack((now.count, now.log_count, *sizes), dim=-1)
-        return [torch.stack((now.keys, now.values), dim=3), small, now.is_gone]
+        return [torch.stack((now.keys, now.values), dim=3), small]
 
     def _flat(self, rows_Q: Tensor) -> Tensor:
         layer_L1 = torch.arange(self.layers, device=self.device)[:, None]
@@ -110,7 +129,7 @@ class SummaryStore:
 
     def _empty(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
         shape = (self.layers * rows, *self._shape)
-        empty = Summary.empty(shape, self._width, self.device, self._positions)
+        empty = Summary.empty(shape, self._width, self.device, self._exponent or 0)
         return list(empty.fields()), self._cast(empty)
 
 

@@ -175,7 +175,7 @@ def test_prompt_chunks_over_compressed_caches_are_bounded(policy):
     settings = {"max_num_batched_tokens": 7}
     core = make_core(model, make_policy(policy, compress_prefill=True), **settings)
     counts, observe = [], core.ledger.observe
-    core.ledger.observe = lambda *given: (counts.append(len(given[1])), observe(*given))
+    core.ledger.observe = lambda *x: (counts.append(x[2].q.shape[1]), observe(*x))
     sequences, logits = run(core, prompts([41, 38]), max_tokens=4)
     assert max(counts) > 3
     assert all(sequence.deviations[0] > 0 for sequence in sequences)

@@ -2,7 +2,6 @@
 
 # Legend: H heads, S slots, D head width.
 
-import dataclasses
 import math
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from common.models import LipschitzTransformer, ModelConfig
 from serve.decoder import layer_spec
 from serve.kernels import paged_decode
+from serve.kv.block_bound import Queries
 from serve.kv.eviction import EvictionLedger
 from serve.kv.view import CacheView
 from solvers.bounds import certify
@@ -29,10 +29,8 @@ def make_ledger() -> EvictionLedger:
 def check(q_HD: torch.Tensor, k_SD: torch.Tensor, v_SD: torch.Tensor) -> None:
     """Evict the first slots; the bound must cover the error in the arithmetic of the dtypes."""
     ledger = make_ledger()
-    (group,) = ledger._groups.values()
-    sizes = {"key_L": k_SD, "value_L": v_SD}
-    bounds = {name: x.double().norm(dim=1).amax()[None] for name, x in sizes.items()}
-    ledger._groups[0] = group = dataclasses.replace(group, **bounds)
+    (group,) = ledger.groups.values()
+    group.key_L, group.value_L = (x.float().norm(dim=1).amax()[None] * 1.0001 for x in (k_SD, v_SD))
     place, last, row = torch.arange(SLOTS), torch.tensor([SLOTS - 1]), ledger.open()
     pools = (k_SD[None, None], v_SD[None, None], place[None, None].int())
     spec = layer_spec(ledger.model.layers[0].attention)
@@ -47,7 +45,9 @@ def check(q_HD: torch.Tensor, k_SD: torch.Tensor, v_SD: torch.Tensor) -> None:
     o, lse = paged_decode(q_HD[None], *kept, table, length - GONE, last, spec.scale)
     z, values = spec.scale * (k_SD.double() @ q_HD[0].double()), v_SD.double()
     moved = (z.softmax(0) @ values - o[0, 0].double()).norm()
-    ledger.observe((0,), torch.tensor([row]), q_HD[None, None], o[None], o[None], lse[None], last)
+    o_11LHD = o[None, None]
+    queries = Queries(q_HD[None, None, None], o_11LHD, o_11LHD, lse[None, None], last[None])
+    ledger.observe((0,), [row], queries)
     assert float(group.gain_L) * float(moved) <= float(ledger.delta_RN[row, 0])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from serve.kv.bias import BiasTable
 from serve.kv.deviation import Attended, Masses, cluster_masses, head_deviation
-from serve.kv.summary import Summary, map_length, segment_exponent
+from serve.kv.summary import Summary, segment_exponent
 
 IDENTITY = 1e-12  # float64, outputs of size one
 ROWS, GROUP, LENGTH, WIDTH = 6, 2, 24, 6
@@ -34,14 +34,14 @@ class Scene:
     def summary(self):
         """Return the summary of what is gone, all evicted at once."""
         shape = (len(self.q_RKGD), 1, self.clusters)
-        summary = Summary.empty(
-            shape, WIDTH, torch.device("cpu"), map_length(LENGTH, self.clusters)
-        )
+        exponent = segment_exponent(LENGTH, self.clusters)
+        summary = Summary.empty(shape, WIDTH, torch.device("cpu"), exponent)
         place = torch.arange(LENGTH).expand(len(self.q_RKGD), 1, LENGTH)
-        seen = torch.full((len(place),), LENGTH)
+        seen = torch.full((len(place),), LENGTH - 1)
         pairs = torch.stack((self.k_RKTD, self.v_RKTD), 3)
         summary.add(pairs, place, self.is_gone_RKT, seen)
-        return summary.clusters(self.q_RKGD.dtype)
+        kept = place.masked_fill(self.is_gone_RKT, -1)[..., :-1]
+        return summary.clusters(self.q_RKGD.dtype, kept)
 
     def logits(self):
         """Return all logits (R, K, G, T) of a query at the last position."""
@@ -50,13 +50,12 @@ class Scene:
 
     def masses(self, summary):
         """Return the bounds on the evicted masses."""
-        sums = None
+        bias = None
         if self.bias_GT is not None:
-            table = BiasTable.of(self.bias_GT[None], summary.is_gone.shape[2])
-            layer, last = torch.zeros(len(self.q_RKGD)).long(), LENGTH - 1
-            at = torch.full_like(layer, last)
-            sums = table.masses(layer, at, summary.is_gone, self.clusters)
-        return cluster_masses(summary, 1.0, self.q_RKGD, sums)
+            table = BiasTable(self.bias_GT[None], 2 ** segment_exponent(LENGTH, self.clusters))
+            layer = torch.zeros(len(self.q_RKGD)).long()
+            bias = table.masses(layer, torch.full_like(layer, LENGTH - 1)[:, None], summary)
+        return cluster_masses(summary, 1.0, self.q_RKGD, bias)
 
     def attended(self, summary):
         """Return attention over the kept keys, merged with mean tokens if the scene has them."""
@@ -248,11 +247,11 @@ def test_nothing_evicted_is_exactly_zero(with_mean):
     assert float(head_deviation(summary, scene.masses(summary), attended).max()) == 0.0
 
 
-@pytest.mark.parametrize("positions", [None, 30], ids=["growing", "fixed"])
-def test_summary_balls_contain_every_evicted_key_and_value(positions):
+@pytest.mark.parametrize("exponent", [0, 3], ids=["growing", "fixed"])
+def test_summary_balls_contain_every_evicted_key_and_value(exponent):
     """Oracle: means and distances themselves, over evictions while the segments double."""
     torch.manual_seed(2)
-    summary = Summary.empty((2, 3, 4), 5, torch.device("cpu"), positions)
+    summary = Summary.empty((2, 3, 4), 5, torch.device("cpu"), exponent)
     seen = []
     for start in range(0, 30, 6):
         keys, values = torch.randn(2, 2, 3, 6, 5, dtype=F64)
@@ -262,8 +261,6 @@ def test_summary_balls_contain_every_evicted_key_and_value(positions):
         summary.add(pairs, place, gone, torch.full((2,), start + 6))
         seen.append((keys, values, place, gone))
     keys, values, place, gone = (torch.cat(x, 2) for x in zip(*seen, strict=True))
-    if positions is not None:
-        assert torch.equal(summary.is_gone, gone)
     assert summary.exponent.tolist() == [3, 3]
     for c in range(4):
         inside = gone & (place // 8 == c)

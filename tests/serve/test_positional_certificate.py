@@ -15,7 +15,7 @@ from serve.kv.positional_certificate import (
     evicted_mass_bound,
     positional_certificate,
 )
-from serve.kv.summary import map_length
+from serve.kv.summary import Summary, segment_exponent
 
 EXACT = 1e-9
 
@@ -54,16 +54,21 @@ def test_the_ledger_sees_the_same_mass_while_it_runs(tiny):
     """Oracle: the window's own mass; the run-time bound of a positional head is exact as well."""
     decoder = LipschitzDecoder(tiny.model)
     spec, context, clusters = decoder.layers[2], decoder.context, 8
-    table = BiasTable.of(spec.bias_HT[None], map_length(context, clusters))
+    exponent = segment_exponent(context, clusters)
+    table = BiasTable(spec.bias_HT[None], 2**exponent)
     policy = WindowPolicy(budget=20, interval=6, sinks=3, window=5)
     bound = positional_certificate(decoder, policy)
     for seen in (26, 40, 77):
-        gone = torch.zeros(1, spec.kv_heads, map_length(context, clusters), dtype=torch.bool)
-        gone[..., 3 : seen - 17] = True
-        at = torch.tensor([seen])
-        log_mass, _ = table.masses(torch.zeros(1).long(), at, gone, clusters)
+        summary = Summary.empty((1, spec.kv_heads, clusters), 2, torch.device("cpu"), exponent)
+        summary.seen[:] = seen
+        gone_cluster = torch.arange(3, seen - 17) // 2**exponent
+        summary.count += gone_cluster.bincount(minlength=clusters)
+        place = [*range(3), *range(seen - 17, seen)]
+        kept = torch.tensor(place).expand(1, spec.kv_heads, len(place))
+        at = torch.tensor([[seen]])
+        found = table.masses(torch.zeros(1).long(), at, summary.clusters(torch.float64, kept))
         bias = spec.bias_HT[:, : seen + 1].double()
-        true_H = log_mass.logsumexp(-1).flatten() - bias.logsumexp(1)
+        true_H = found.log_total.logsumexp(-1).flatten() - bias.logsumexp(1)
         want = evicted_mass_bound(spec, context, window=18, sinks=3)[:, seen]
         assert float((true_H.exp() - want).abs().max()) < EXACT
         assert bool((true_H.exp() <= torch.tensor(bound.mass_bounds[2]) + EXACT).all())
