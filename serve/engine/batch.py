@@ -48,7 +48,7 @@ class Tables:
     def of(cls, tables: Rows[Rows[int]], device: torch.device, *, in_place: bool) -> "Tables":
         """Build from block tables, with a plan if pages are to be read in place."""
         lists = [list(table) for table in tables]
-        plan = PagePlan.of(lists, device) if in_place and lists else None
+        plan = PagePlan(lists, device) if in_place and lists else None
         return cls(lists, pad_tables(lists, device, torch.int32), plan)
 
 
@@ -145,18 +145,16 @@ class BatchBuilder:
             positions_N=positions_N,
             slots_N=slots_N,
             lengths_R=lengths_R.int(),
-            tables=self._tables_of([row.block_table for row in rows], as_decodes),
+            tables=self._tables_of([row.block_table for row in rows]),
             sequences=rows,
             chunks=chunks,
             last_M=None if last == list(range(len(tokens))) else last_M,
             opened=opened,
         )
 
-    def _tables_of(self, tables: list[list[int]], as_decodes: bool) -> Tables:
+    def _tables_of(self, tables: list[list[int]]) -> Tables:
         if tables != self._tables.lists:
-            # Rows of one sequence share its pages, which no plan can hold.
-            in_place = self.in_place and not as_decodes
-            self._tables = Tables.of(tables, self.device, in_place=in_place)
+            self._tables = Tables.of(tables, self.device, in_place=self.in_place)
         return self._tables
 
     def _opened(self, table: list[int], filled: int, count: int) -> list[int]:

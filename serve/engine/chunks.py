@@ -24,6 +24,7 @@ class ChunkAttention:
     def __init__(self, chunk: Chunk, positions_T: Tensor) -> None:
         self.chunk, self.positions_T = chunk, positions_T
         self._distance_1TS: Tensor | None = None
+        self._masks: dict[int | None, Tensor] = {}
 
     def attend(
         self, q_THD: Tensor, new: tuple[Tensor, Tensor] | None, pool: LayerPool, spec: LayerSpec
@@ -51,10 +52,18 @@ class ChunkAttention:
         # Torch scales its own causal mask as well: minus infinity times 0.
         if chunk.is_alone and is_plain and spec.scale != 0:
             return _attend_fast(q_THD, k_KSD, v_KSD, None, spec.scale), None
-        mask_HTS = self._mask(pool, spec, q_THD.dtype)
+        mask_HTS = self._mask_of(pool, spec, q_THD.dtype)
         if chunk.compressed:
             return attend_densely(q_THD, k_KSD, v_KSD, mask_HTS, spec.scale)
         return _attend_fast(q_THD, k_KSD, v_KSD, mask_HTS, spec.scale), None
+
+    def _mask_of(self, pool: LayerPool, spec: LayerSpec, dtype: torch.dtype) -> Tensor:
+        """Return the mask of a layer; layers without a bias share theirs before compaction."""
+        if spec.bias_HT is not None or self.chunk.compressed:
+            return self._mask(pool, spec, dtype)
+        if spec.sliding_window not in self._masks:
+            self._masks[spec.sliding_window] = self._mask(pool, spec, dtype)
+        return self._masks[spec.sliding_window]
 
     def _mask(self, pool: LayerPool, spec: LayerSpec, dtype: torch.dtype) -> Tensor:
         """Return the causal mask plus the bias at original positions, (1 or H, T, S)."""

@@ -58,14 +58,13 @@ def test_spans_ask_for_logits_of_several_tokens() -> None:
 
 
 def test_as_decodes_makes_every_token_a_row() -> None:
-    """Oracle: written out by hand; no plan, for the rows share their pages."""
+    """Oracle: written out by hand."""
     item = Item(sequence=sequence(9, 3, [6, 1]), count=3)
     batch = BatchBuilder(SIZE, CPU, in_place=True).build([item], as_decodes=True)
     assert batch.lengths_R.tolist() == [4, 5, 6]
     assert batch.tables.padded_RW.tolist() == [[6, 1]] * 3
     assert batch.decodes == 3
     assert batch.last_M is None
-    assert batch.tables.plan is None
 
 
 def test_tables_are_kept_until_one_changes() -> None:

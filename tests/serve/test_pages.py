@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from serve.decoder import LayerSpec
-from serve.engine.pages import PagePlan
+from serve.engine.pages import PagePlan, Range
 from serve.engine.pools import LayerPool, Pools, SlotWriter
 from serve.kernels import paged_decode
 
@@ -18,6 +18,9 @@ TABLES = {
     "one_scattered": [[20, 1, 11, 3]],
     "lockstep": [[0, 3, 6], [1, 4, 7], [2, 5, 8]],
     "unequal": [[0, 9, 22], [4], [7, 1]],
+    "same": [[3, 8]] * 3,
+    "shared_prefix": [[4, 5, 0], [4, 5, 1], [4, 5, 20, 7], [9]],
+    "nested_prefixes": [[4, 5, 0], [4, 6], [4, 5, 6, 1]],
 }
 
 
@@ -69,7 +72,7 @@ def test_attend_equals_paged_decode(name: str, heads: tuple[int, int], freedom: 
     for table in tables:
         pool.positions[table[-1], :, 0] = CONTEXT - 1
     q_RHD = torch.randn(len(tables), spec.heads, WIDTH, dtype=torch.float64)
-    plan = PagePlan.of(tables, torch.device("cpu"))
+    plan = PagePlan(tables, torch.device("cpu"))
     o_RHD, z_RHS = plan.attend(0, q_RHD, pool, spec, positions_R, is_out_R1S)
     expected, lse_RH = paged_decode(
         q_RHD,
@@ -96,16 +99,16 @@ def test_attend_does_not_depend_on_the_place_of_pages(heads: tuple[int, int]) ->
         moved = LayerPool(*(torch.zeros_like(x) for x in pool.tensors))
         for old, new in enumerate(table):
             moved.keys[new], moved.values[new] = pool.keys[old], pool.values[old]
-        plan = PagePlan.of([table], torch.device("cpu"))
+        plan = PagePlan([table], torch.device("cpu"))
         outputs.append(plan.attend(0, q_1HD, moved, spec, torch.tensor([9]), is_out_11S)[0])
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
 
 
-def test_rows_that_share_pages_have_no_plan() -> None:
-    """Oracle: the definition."""
-    assert PagePlan.of([[0, 1], [0, 2]], torch.device("cpu")) is None
-    assert PagePlan.of([[0, 1], [3, 2]], torch.device("cpu")) is not None
+def test_pages_are_read_once_however_many_rows_share_them() -> None:
+    """Oracle: the definition of ranges."""
+    plan = PagePlan([[4, 5, 0], [4, 5, 1], [4, 5, 2]], torch.device("cpu"))
+    assert plan.ranges == [Range(range(0, 3), 1), Range(range(4, 6), 3)]
 
 
 class _Layers:
