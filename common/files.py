@@ -187,8 +187,8 @@ def backup_path(final: Path) -> Path:
 
 def recover_directory(final: Path) -> None:
     """Bring back the old directory when a crash fell into the middle of ``swap_directory``."""
-    backup = backup_path(final)
-    if final.exists() or not backup.is_dir():
+    # The root of a file system has no name to make a backup's of, but it exists.
+    if final.exists() or not (backup := backup_path(final)).is_dir():
         return
     # A swap in progress holds the lock of what is now the backup: wait for it, then look again.
     with contextlib.suppress(FileNotFoundError), directory_lock(backup):

@@ -173,6 +173,8 @@ def test_places_that_hold_something(bundle: Bundle, tmp_path: Path) -> None:
         (other / name).touch()
         with pytest.raises(BundleError, match="something else"):
             export_bundle(bundle, other, replace=True)
+    with pytest.raises(BundleError, match="something else"):
+        export_bundle(bundle, tmp_path.root, replace=True)
     assert load_bundle(bundle.path).fingerprint == bundle.fingerprint
 
 
