@@ -6,8 +6,8 @@ positions stands for ``log n``. Decode and prompt attention are corrected from t
 the kernels need not know. Source: project's notes on eviction, evicted-mean token.
 """
 
-# Legend: L layers of a group, R rows, N queries, H query heads, K key/value heads, G = H / K,
-# C pseudo tokens, D head width, S slots.
+# Legend: L layers of a group, R rows, N queries, T queries of a row, H query heads, K key/value
+# heads, G = H / K, X = G * T, C pseudo tokens, D head width, S slots.
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class _Group:
     spec: LayerSpec
     store: SummaryStore
     bias: BiasTable | None
-    taken: dict[int | None, Clusters]
+    taken: dict[int | None, tuple[Clusters, Tensor]]
 
 
 class Summaries(Companion):
@@ -69,12 +69,13 @@ class Summaries(Companion):
             return None
         if part.layer == group.layers[0]:
             rows_R = torch.tensor(rows, dtype=torch.int64, device=self.device)
-            group.taken[part.chunk] = group.store.take(rows_R)
-        taken = group.taken[part.chunk]
+            group.taken[part.chunk] = self._take(group, rows_R, part.positions_N)
+        clusters, log_LNKGC = group.taken[part.chunk]
         if part.layer == group.layers[-1]:
             del group.taken[part.chunk]
         index = group.layers.index(part.layer)
-        return self._merge(group, index, taken.rows(index * len(rows), len(rows)), part)
+        own = clusters.rows(index * len(rows), len(rows))
+        return self._merge(group.spec, own, log_LNKGC[index], part)
 
     def compacting(self, view: CacheView, sequences: Rows[Sequence], keep_RKS: Tensor) -> None:
         """Take the keys and values that are about to go into the means."""
@@ -93,21 +94,24 @@ class Summaries(Companion):
             for store in self._stores:
                 store.close(row)
 
-    def _merge(self, group: _Group, index: int, clusters: Clusters, part: Part) -> Tensor:
+    def _take(self, group: _Group, rows_R: Tensor, positions_N: Tensor) -> tuple[Clusters, Tensor]:
+        """Return the pseudo tokens of all layers and the logarithms of what they stand for."""
+        clusters, layers, rows = group.store.take(rows_R), len(group.layers), len(rows_R)
+        if group.bias is None:
+            return clusters, clusters.log_count.unflatten(0, (layers, rows))[..., None, :]
+        # A chunk is one row of many queries.
+        positions_RT = positions_N.view(rows, -1).repeat(layers, 1)
+        layer_R = torch.arange(layers, device=self.device).repeat_interleave(rows)
+        log_RKXC = group.bias.masses(layer_R, positions_RT, clusters).log_total.to(self.dtype)
+        log_LRKGTC = log_RKXC.unflatten(2, (group.spec.group, -1)).unflatten(0, (layers, rows))
+        return clusters, log_LRKGTC.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+
+    def _merge(self, spec: LayerSpec, clusters: Clusters, log_NKGC: Tensor, part: Part) -> Tensor:
         """Attend to the pseudo tokens as well; exact for rows that have none."""
         assert part.lse_NH is not None
-        heads = (group.spec.kv_heads, -1)
-        if group.bias is None:
-            log_count = clusters.log_count[:, :, None]
-        else:
-            # A chunk is one row of many queries.
-            rows = len(clusters.seen)
-            layer_R = torch.full((rows,), index, device=self.device)
-            found = group.bias.masses(layer_R, part.positions_N.view(rows, -1), clusters)
-            log_RKGTC = found.log_total.to(self.dtype).unflatten(2, (group.spec.group, -1))
-            log_count = log_RKGTC.permute(0, 3, 1, 2, 4).flatten(0, 1)
+        heads = (spec.kv_heads, -1)
         q_NKGD = part.q_NHD.to(self.dtype).unflatten(1, heads)
-        z_NKGC = (group.spec.scale * q_NKGD) @ clusters.keys.mT + log_count
+        z_NKGC = (spec.scale * q_NKGD) @ clusters.keys.mT + log_NKGC
         lse_NKG1 = part.lse_NH.to(self.dtype).unflatten(1, heads)[..., None]
         weights = torch.cat((lse_NKG1, z_NKGC), dim=-1).softmax(-1)
         o_NKGD = part.o_NHD.to(self.dtype).unflatten(1, heads)

@@ -33,7 +33,8 @@ class Clusters:
         key_radius: Bound on the distance of an evicted key from the exact mean (R, K, C).
         value_norm: l2 norm of the mean value (R, K, C).
         value_radius: As for keys.
-        kept: Positions that survived the last eviction (R, K, W), -1 in padding; for biases.
+        kept: Positions that survived the last eviction (R, K, W), ascending, -1 in padding first;
+            only biases ask for them.
         seen: From this position on (R,) everything is kept.
     """
 
@@ -135,7 +136,7 @@ class Summary:
 
         Args:
             dtype: Working precision.
-            kept_RKW: Positions that survived, -1 in padding; only biases ask for them.
+            kept_RKW: Positions that survived, see ``Clusters.kept``; None where nobody asks.
         """
         centre, count = self.centre.to(dtype), self.count.to(dtype)
         key_norm, value_norm = centre.norm(dim=-1).unbind(-1)

@@ -110,7 +110,8 @@ class SummaryStore:
         if missing > 0:
             self._kept = F.pad(self._kept, (0, missing), value=-1)
         kept_RKS = view.slot_positions().gather(2, keep_RKS)
-        self._kept[index_R] = F.pad(kept_RKS, (0, max(0, -missing)), value=-1)
+        kept_RKS = F.pad(kept_RKS, (0, max(0, -missing)), value=-1)
+        self._kept[index_R] = kept_RKS.sort(dim=-1).values
 
     def _cast(self, summary: Summary) -> list[Tensor]:
         """Return two tables of ``take``: centres, and numbers of each cluster."""

@@ -40,7 +40,7 @@ class Scene:
         seen = torch.full((len(place),), LENGTH - 1)
         pairs = torch.stack((self.k_RKTD, self.v_RKTD), 3)
         summary.add(pairs, place, self.is_gone_RKT, seen)
-        kept = place.masked_fill(self.is_gone_RKT, -1)[..., :-1]
+        kept = place.masked_fill(self.is_gone_RKT, -1)[..., :-1].sort(dim=-1).values
         return summary.clusters(self.q_RKGD.dtype, kept)
 
     def logits(self):
