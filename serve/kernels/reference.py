@@ -79,10 +79,10 @@ def rotary_parts(x: Tensor, bands: int, interleaved: bool) -> tuple[Tensor, Tens
 
 def select_slots(scores_RKS: Tensor, positions_RKS: Tensor, budget: int) -> Tensor:
     """Return the slots of the highest scores, ascending; see ``dispatch``."""
-    if not scores_RKS.is_cuda and budget > 0:
+    if not scores_RKS.is_cuda:
         # A threshold decides unless some, but not all, of the slots that meet it fit.
-        least_RK1 = scores_RKS.topk(budget, dim=-1, sorted=True).values[..., -1:]
-        is_kept = scores_RKS >= least_RK1
+        rank = scores_RKS.shape[-1] - budget + 1
+        is_kept = scores_RKS >= scores_RKS.kthvalue(rank, dim=-1, keepdim=True).values
         if int(is_kept.sum()) == is_kept[..., 0].numel() * budget:
             return is_kept.nonzero()[:, 2].view(*scores_RKS.shape[:2], budget)
     # Two stable sorts are a lexicographic one: by score, then by position, both descending.
