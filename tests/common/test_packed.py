@@ -71,6 +71,17 @@ def test_packing_keeps_weights_and_moves_them_once() -> None:
         assert one.qkv_OC.data_ptr() == one.attention.query.weight.data_ptr()
 
 
+def test_layout_follows_the_dtype() -> None:
+    """Oracle: strides; only float32 matrices of more rows than columns lie column by column."""
+    model = make("paper")
+    for dtype, runs_down in [(torch.float32, True), (torch.bfloat16, False), (None, True)]:
+        model = model.to(dtype or torch.float32)
+        (first, _) = PackedTransformer(model).layers
+        for weight in (first.qkv_OC, first.up):
+            assert weight.stride() == ((1, len(weight)) if runs_down else (weight.shape[1], 1))
+        assert first.attention.output.weight.is_contiguous()
+
+
 def test_packing_sees_later_weights() -> None:
     """Oracle: the model, after an in-place change of its weights."""
     model = make("paper")
