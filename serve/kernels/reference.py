@@ -55,8 +55,9 @@ def score_keys(
     dtype = accumulator(k_pool)
     k_RKSD = gather_pages(k_pool, tables_RN).to(dtype)
     rows, kv_heads, slots, width = k_RKSD.shape
-    u_RKGD = u_RHD.to(dtype).reshape(rows, kv_heads, -1, width)
-    e_RKGE = e_RHE.to(dtype).reshape(rows, kv_heads, -1, width - bands)
+    group = u_RHD.shape[1] // kv_heads
+    u_RKGD = u_RHD.to(dtype).reshape(rows, kv_heads, group, width)
+    e_RKGE = e_RHE.to(dtype).reshape(rows, kv_heads, group, width - bands)
     raw_RKGS = u_RKGD @ k_RKSD.mT + e_RKGE @ _moduli(k_RKSD, bands, interleaved).mT
     is_pad = torch.arange(slots, device=k_pool.device) >= lengths_RK[..., None]
     return raw_RKGS.masked_fill_(is_pad[:, :, None], -torch.inf).flatten(1, 2)

@@ -42,7 +42,8 @@ def paged_decode(
         o_RHD, lse_RH = (torch.cat(part) for part in zip(*parts, strict=True))
         return o_RHD, lse_RH
     cache = _Pages(tables_RN, lengths_RK, low, high, k_pool, in_place=is_long)
-    q_RKGD = (q_RHD.to(accumulator(k_pool)) * scale).reshape(rows, k_pool.shape[1], -1, width)
+    groups = (k_pool.shape[1], heads // k_pool.shape[1])
+    q_RKGD = (q_RHD.to(accumulator(k_pool)) * scale).reshape(rows, *groups, width)
     z_RKGS = cache.logits(q_RKGD, k_pool)
     if bias_HT is not None or window is not None:
         pos_RKS = gather_pages(pos_pool, tables_RN[:, : cache.width])[:, :, :high]

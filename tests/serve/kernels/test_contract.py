@@ -77,6 +77,25 @@ def test_a_bias_needs_a_row_per_query_head(paged):
         kernel(*arguments, torch.zeros(3, 9))
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_rows_are_no_work(paged, name):
+    """Oracle: results of the usual shape without rows; pools as they were."""
+    kernel, arguments = calls(paged)[name]
+    pools = [x for x in arguments if isinstance(x, torch.Tensor) and len(x) > 1]
+    before = [pool.clone() for pool in pools]
+    some = kernel(*arguments)
+    for index, value in enumerate(arguments):
+        if isinstance(value, torch.Tensor) and len(value) == 1:
+            arguments[index] = value[:0]
+    for pool, old in zip(pools, before, strict=True):
+        pool.copy_(old)
+    none = kernel(*arguments)
+    for x, y in zip(*(r if isinstance(r, tuple) else (r,) for r in (none, some)), strict=True):
+        assert x is y is None or (len(x) == 0 and x.shape[1:] == y.shape[1:])
+    for pool, old in zip(pools, before, strict=True):
+        assert torch.equal(pool.nan_to_num(), old.nan_to_num())
+
+
 @pytest.mark.parametrize("tuning", [HOPPER, AMPERE, SAFE], ids=["hopper", "ampere", "safe"])
 @pytest.mark.parametrize("width", [8, 64, 80, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
