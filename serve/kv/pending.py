@@ -29,9 +29,7 @@ class Pending:
             capacity: Rows that there are.
             queries: The tokens (S = Q, T = 1).
         """
-        fields = [queries.q, queries.kept, queries.lse, queries.positions]
-        if queries.used is not queries.kept:
-            fields.append(queries.used)
+        fields = (queries.q, queries.kept, queries.used, queries.lse, queries.positions)
         if not self._tables:
             self._tables = [x.new_zeros(0, MOST, *x.shape[2:]) for x in fields]
         missing = capacity - len(self._tables[0])
@@ -44,5 +42,4 @@ class Pending:
 
     def take(self, rows_S: Tensor, tokens: int) -> Queries:
         """Return the first ``tokens`` of some sequences; those never put hold anything."""
-        q, kept, lse, positions, *used = (table[rows_S, :tokens] for table in self._tables)
-        return Queries(q, kept, used[0] if used else kept, lse, positions)
+        return Queries(*(table[rows_S, :tokens] for table in self._tables))

@@ -1,6 +1,7 @@
 """Teacher-forced comparison against masks, identities and the certificate."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,17 @@ def test_score_stays_below_the_certificate(model, tokens_NT, policy: Policy) -> 
     assert score.kept_fraction < 0.7
     again = score_policy(model, tokens_NT, policy, stats=stats, ledger=ledger)
     assert again.certified_deviation == score.certified_deviation
+
+
+def test_policies_with_and_without_mean_tokens_share_a_ledger(model, tokens_NT) -> None:
+    """Oracle: a ledger of their own gives the same figures."""
+    certificate = certify(model, tighten=False)
+    policies = [replace(WINDOW, summary_tokens=1), WINDOW]
+    shared = frontier(model, tokens_NT, policies, ledger=EvictionLedger(model, certificate))
+    for policy, score in zip(policies, shared, strict=True):
+        own = score_policy(model, tokens_NT, policy, ledger=EvictionLedger(model, certificate))
+        assert score.certified_deviation == own.certified_deviation
+        assert 0 < score.measured_deviation <= score.certified_deviation
 
 
 def test_score_of_a_cache_that_keeps_all_is_exactly_zero(model, tokens_NT) -> None:
