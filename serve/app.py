@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.config import build, one_of
 from common.device import resolve_device
-from common.errors import BundleError, DataError
+from common.errors import BackendError, BundleError, DataError
 from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
 from common.tracking import LoggerConfig, record
@@ -141,10 +141,14 @@ def _timed(
 ) -> tuple[list[RequestOutput], float]:
     start = time.perf_counter()
     outputs = llm.generate(prompts, params)
-    for output in outputs:
-        if output.error is not None:
-            log.error("a prompt ended with an error: %s", output.error)
-    return outputs, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    completions = [completion for output in outputs for completion in output.outputs]
+    errors = [completion.error for completion in completions if completion.error is not None]
+    if len(errors) == len(completions):
+        raise BackendError(f"every prompt ended with an error, the first with: {errors[0]}")
+    for error in errors:
+        log.error("a prompt ended with an error: %s", error)
+    return outputs, seconds
 
 
 def _sample(prompt: str, full: RequestOutput, compressed: RequestOutput) -> dict[str, Any]:

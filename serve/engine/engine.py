@@ -17,6 +17,7 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
+from common.checkpoints import first_line
 from common.errors import DataError
 from common.models import LipschitzTransformer
 from serve.decoder import Decoder, as_decoder
@@ -244,7 +245,7 @@ class EngineCore:
         )
         self.counters.failed_steps += 1
         for item in items:
-            self.finish(item.sequence, "error", f"{type(error).__name__}: {error}")
+            self.finish(item.sequence, "error", f"{type(error).__name__}: {first_line(error)}")
         self._check()
         if self.decoder.device.type == "cuda":
             # After a sticky device error this raises: nothing can run any more.

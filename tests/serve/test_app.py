@@ -12,6 +12,7 @@ from common.bundle import save_bundle
 from common.models import LipschitzTransformer, ModelConfig
 from common.tokenizer import ByteTokenizer, CharTokenizer
 from common.tracking import is_declared
+from serve.engine.runner import Runner
 from solvers.bounds.network import certify
 
 CONTEXT = 48
@@ -85,6 +86,28 @@ def test_generate_says_why_a_character_model_is_not_compared(
     assert "data=stdlib is program code" in line
     assert "data=local data.path=FILE" in line
     assert "--- full cache" in done.out
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_generate_fails_when_every_prompt_failed(
+    lipllm: Callable, bundle: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Oracle: one line and status 2 where nothing was generated, 0 where something was."""
+    forward, calls = Runner.forward, iter(range(99))
+
+    def fault(self: Runner, *args: object, **kwargs: object) -> torch.Tensor:
+        if next(calls) < failing:
+            raise ValueError("a fault\nwith details")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "forward", fault)
+    # One prompt runs at a time: as many fail as there are faults.
+    options = (*QUICK, "generate.eval_windows=0", "engine.max_num_seqs=1")
+    done = lipllm("generate", f"bundle={bundle}", *options, "generate.prompts=[a,b]")
+    assert done.status == (2 if failing == 2 else 0)
+    lines = [line for line in done.err.splitlines() if line.startswith("lipllm: error")]
+    expected = "every prompt ended with an error, the first with: ValueError: a fault"
+    assert lines == [f"lipllm: error: {expected}"] * (failing == 2)
 
 
 @pytest.mark.parametrize(
