@@ -13,7 +13,7 @@ class EngineConfig:
 
     Attributes:
         block_size: Cache slots per block, a power of two up to 256.
-        num_blocks: Blocks in the pool; None fits ``max_num_seqs`` full contexts or ``cache_bytes``.
+        num_blocks: Blocks in the pool; None fits ``max_num_seqs`` contexts within ``cache_bytes``.
         cache_bytes: Upper limit of an automatically sized pool, in bytes.
         max_num_seqs: Requests that run at the same time.
         max_num_batched_tokens: Tokens per step: decodes first, the rest prefill chunks.

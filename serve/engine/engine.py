@@ -28,8 +28,8 @@ from serve.engine.compactor import Compactor
 from serve.engine.companions import Companion, Companions
 from serve.engine.config import EngineConfig
 from serve.engine.evidence import Evidence
-from serve.engine.pools import block_bytes
-from serve.engine.request import FinishReason, Item, Sequence
+from serve.engine.pools import pool_blocks
+from serve.engine.request import FinishReason, Item, Sequence, State
 from serve.engine.runner import Runner, Stats
 from serve.engine.sampler import Choice, Sampler, top_logprobs
 from serve.engine.sampling_params import SamplingParams
@@ -44,13 +44,11 @@ from serve.kv.selection import check_sharing
 log = logging.getLogger(__name__)
 
 
-def pool_blocks(decoder: Decoder, config: EngineConfig) -> int:
-    """Return the number of blocks: as configured, or for ``max_num_seqs`` contexts within bytes."""
-    if config.num_blocks is not None:
-        return config.num_blocks
-    per_context = -(-decoder.context // config.block_size)
-    size = block_bytes(decoder.layers, config.block_size, decoder.dtype)
-    return max(per_context, min(config.max_num_seqs * per_context, config.cache_bytes // size))
+# What callers read when a step ran out of memory twice.
+OUT_OF_MEMORY = (
+    "the device ran out of memory; lower engine.max_num_seqs, engine.max_num_batched_tokens or "
+    "engine.cache_bytes"
+)
 
 
 class EngineCore:
@@ -216,8 +214,7 @@ class EngineCore:
             RuntimeError: if the device is lost.
         """
         items = self.scheduler.schedule()
-        for sequence in self.scheduler.take_preempted():
-            self.companions.close(sequence)
+        self._close_preempted()
         if not items:
             assert not self.has_work, "requests wait, yet nothing can run"
             return []
@@ -230,7 +227,7 @@ class EngineCore:
         return changed
 
     def _execute(self, items: list[Item]) -> list[Sequence]:
-        logits = self._forward(items)
+        logits = self._forward_or_shed(items)
         self.scheduler.advance(items)
         ready = [index for index, item in enumerate(items) if item.sequence.remaining == 0]
         sequences = [items[index].sequence for index in ready]
@@ -239,13 +236,39 @@ class EngineCore:
         self.compactor.compact(self.scheduler.due(items))
         return sequences
 
+    def _forward_or_shed(self, items: list[Item]) -> Tensor:
+        """Return the logits; short of memory, leave the newest half of the requests for later.
+
+        What a policy has observed of the others in the failed attempt, it observes again.
+        """
+        try:
+            return self._forward(items)
+        except torch.OutOfMemoryError as error:
+            log.warning("out of memory, fewer requests run now: %s", first_line(error))
+        # Not in the handler: the exception holds the tensors of the failed attempt.
+        self.scheduler.shed()
+        self._close_preempted()
+        items[:] = [item for item in items if item.sequence.state is State.RUNNING]
+        if self.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._forward(items)
+
+    def _close_preempted(self) -> None:
+        for sequence in self.scheduler.take_preempted():
+            self.companions.close(sequence)
+
     def _fail(self, items: list[Item], error: Exception) -> list[Sequence]:
+        is_short = isinstance(error, torch.OutOfMemoryError)
+        reason = OUT_OF_MEMORY if is_short else f"{type(error).__name__}: {first_line(error)}"
         log.error(
-            "engine step failed; its %d requests end with an error", len(items), exc_info=error
+            "engine step failed; its %d requests end with an error: %s",
+            len(items),
+            reason,
+            exc_info=None if is_short else error,
         )
         self.counters.failed_steps += 1
         for item in items:
-            self.finish(item.sequence, "error", f"{type(error).__name__}: {first_line(error)}")
+            self.finish(item.sequence, "error", reason)
         self._check()
         if self.decoder.device.type == "cuda":
             # After a sticky device error this raises: nothing can run any more.

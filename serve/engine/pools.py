@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.errors import ConfigError
 from serve.decoder import Decoder, LayerSpec
+from serve.engine.config import EngineConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,24 @@ def block_bytes(specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype)
     return sum(
         spec.kv_heads * block_size * (2 * spec.head_dim * dtype.itemsize + 4) for spec in specs
     )
+
+
+def pool_blocks(decoder: Decoder, config: EngineConfig) -> int:
+    """Return the number of blocks: as configured, or for ``max_num_seqs`` contexts within bytes.
+
+    Raises:
+        ConfigError: if not even one block fits the bytes.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    size = block_bytes(decoder.layers, config.block_size, decoder.dtype)
+    if size > config.cache_bytes:
+        raise ConfigError(
+            f"engine.cache_bytes={config.cache_bytes}: one block of {config.block_size} tokens "
+            f"takes {size} bytes in this model; raise it, or lower engine.block_size"
+        )
+    per_context = -(-decoder.context // config.block_size)
+    return min(config.max_num_seqs * per_context, config.cache_bytes // size)
 
 
 class Pools:

@@ -39,6 +39,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.held: dict[Sequence, list[Sequence]] = {}
         self._preempted: list[Sequence] = []
+        self._most = config.max_num_seqs  # that run together: fewer after a lack of memory
 
     @property
     def has_work(self) -> bool:
@@ -58,12 +59,15 @@ class Scheduler:
         needed = self.blocks.blocks_for(request.peak_slots)
         if needed <= self.blocks.num_blocks:
             return
-        remedy = "lower max_tokens or raise engine.num_blocks"
-        if request.compaction is not None:
-            remedy = "set kv.compress_prefill=true or raise engine.num_blocks"
+        remedy, compaction = "lower max_tokens", request.compaction
+        if compaction is not None:
+            is_long = request.peak_slots > compaction.trigger
+            remedy = "set kv.compress_prefill=true" if is_long else "lower kv.budget"
+        limit = "cache_bytes" if self.config.num_blocks is None else "num_blocks"
         raise DataError(
             f"request {request.request_id!r} needs {needed} cache blocks of "
-            f"{self.blocks.block_size}, the pool has {self.blocks.num_blocks}; {remedy}"
+            f"{self.blocks.block_size}, the pool has {self.blocks.num_blocks}; {remedy}, "
+            f"or raise engine.{limit}"
         )
 
     def add(self, sequence: Sequence, leader: Sequence | None = None) -> None:
@@ -102,6 +106,16 @@ class Scheduler:
             budget -= self._add_chunk(chunks, self.running[-1], budget)
         return items + chunks
 
+    def shed(self) -> None:
+        """Put back the newest half of what runs; more run together again as others end.
+
+        Those stay whose tokens another computation would change: compacted and deterministic ones.
+        """
+        self._most = max(1, len(self.running) // 2)
+        for victim in reversed(self.running[self._most :]):
+            if not (victim.compressed or self.config.deterministic):
+                self._preempt(victim)
+
     def take_preempted(self) -> list[Sequence]:
         """Return the sequences that lost their cache since the last call."""
         taken, self._preempted = self._preempted, []
@@ -125,6 +139,7 @@ class Scheduler:
         """
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
+            self._most = min(self._most + 1, self.config.max_num_seqs)
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         elif sequence.state is State.HELD:
@@ -159,8 +174,7 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.state is not State.RUNNING or sequence.is_prefilling:
                 continue
-            if self._make_room(sequence):
-                self.blocks.grow(sequence.block_table, sequence.kv_len + 1)
+            if self._make_room(sequence) and self._grow(sequence, 1):
                 items.append(Item(sequence=sequence, count=1))
         return items
 
@@ -193,14 +207,17 @@ class Scheduler:
             # Chunk ends may depend on the request alone, hence a whole chunk or none.
             count = count if count <= budget else 0
         count = min(count, budget)
-        if count > 0:
-            self.blocks.grow(sequence.block_table, sequence.kv_len + count)
-            chunks.append(Item(sequence=sequence, count=count))
-        return max(count, 0)
+        if count <= 0 or not self._grow(sequence, count):
+            return 0
+        chunks.append(Item(sequence=sequence, count=count))
+        return count
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        return self.blocks.grow(sequence.block_table, sequence.kv_len + count)
 
     def _admit_next(self) -> bool:
         """Move the head of the queue to the running list if its blocks are there."""
-        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
+        if not self.waiting or len(self.running) >= self._most:
             return False
         sequence, blocks = self.waiting[0], self.blocks
         found = self._find_prefix(sequence)
@@ -212,13 +229,14 @@ class Scheduler:
             needed -= sum(blocks.is_optimistic(block) for block in found)
         if needed > self._spare:
             return False
+        table = BlockTable(reserving=is_reserving)
+        blocks.adopt(table, found)
+        # The whole prompt at once: a chunked prefill can then never wait for blocks.
+        if not (is_reserving or blocks.grow(table, len(sequence.tokens))):
+            blocks.free(table)
+            return False
         self.waiting.popleft()
-        sequence.reserved = needed if is_reserving else 0
-        sequence.block_table = BlockTable(reserving=is_reserving)
-        blocks.adopt(sequence.block_table, found)
-        if not is_reserving:
-            # The whole prompt at once: a chunked prefill can then never wait for blocks.
-            blocks.grow(sequence.block_table, len(sequence.tokens))
+        sequence.reserved, sequence.block_table = needed if is_reserving else 0, table
         sequence.num_keyed = len(found)
         sequence.num_hit = len(found) * blocks.block_size
         sequence.advance(sequence.num_hit)

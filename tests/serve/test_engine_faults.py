@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.errors import DataError
+from common.errors import ConfigError, DataError
+from serve.engine.blocks import BlockTable
 from serve.engine.config import EngineConfig
-from serve.engine.engine import EngineCore
+from serve.engine.engine import OUT_OF_MEMORY, EngineCore
+from serve.engine.request import Item
 from serve.engine.sampling_params import SamplingParams
 from serve.kv import WindowPolicy
 
@@ -108,6 +110,96 @@ def test_a_fault_ends_the_step_and_leaks_nothing(
     while core.has_work:
         core.step()
     assert after.output == tiny.run_alone(tiny.model, prompts[0], tiny.greedy, policy).output
+
+
+@pytest.mark.parametrize("settings", [{}, {"deterministic": True}])
+@pytest.mark.parametrize("budget", [None, 16])
+def test_steps_short_of_memory_run_with_fewer_requests(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, budget: int | None, settings: dict
+) -> None:
+    """Oracle: solo runs, where no step of more than five requests fits the memory."""
+    policy = WindowPolicy(budget=16, interval=4, sinks=2, window=4) if budget else None
+    core = EngineCore(tiny.model, EngineConfig(debug=True, **settings), policy)
+    prompts = tiny.make_prompts([5, 30, 9, 22, 12, 7, 3, 18, 40, 11])
+    forward, shortages = core.runner.forward, []
+
+    def short(items: list[Item], **kwargs: object) -> torch.Tensor:
+        if len(items) > 5 or not shortages:
+            shortages.append(len(items))
+            raise torch.OutOfMemoryError("CUDA out of memory.\nDetails")
+        return forward(items, **kwargs)
+
+    monkeypatch.setattr(core.runner, "forward", short)
+    sequences = [core.add(prompt, tiny.greedy) for prompt in prompts]
+    while core.has_work:
+        core.step()
+    assert shortages
+    assert core.counters.failed_steps == 0
+    alone = [tiny.run_alone(tiny.model, p, tiny.greedy, policy, **settings) for p in prompts]
+    assert [s.output for s in sequences] == [s.output for s in alone]
+    assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks
+
+
+def test_a_lasting_lack_of_memory_ends_requests_with_one_line(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: every request fails after a second try; what ran before is as it was alone."""
+    core = EngineCore(tiny.model, EngineConfig(debug=True))
+    prompts = tiny.make_prompts([5, 9, 7])
+    calls: list[int] = []
+
+    def short(items: list[Item], **kwargs: object) -> torch.Tensor:
+        calls.append(len(items))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nDetails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner, "forward", short)
+        failed = [core.add(prompt, tiny.greedy) for prompt in prompts]
+        core.step()
+        assert (calls, core.scheduler.stats.preemptions) == ([3, 1], 2)
+        while core.has_work:
+            core.step()
+    assert {(s.finish_reason, s.error) for s in failed} == {("error", OUT_OF_MEMORY)}
+    assert "\n" not in OUT_OF_MEMORY
+    later = core.add(prompts[0], tiny.greedy)
+    while core.has_work:
+        core.step()
+    assert later.output == tiny.run_alone(tiny.model, prompts[0], tiny.greedy).output
+
+
+def test_requests_wait_while_the_pool_gives_no_blocks(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: solo runs; a step in which ``grow`` answers False leaves the request out."""
+    core = EngineCore(tiny.model, EngineConfig(block_size=8, debug=True))
+    prompts = tiny.make_prompts([5, 30, 9, 22])
+    grow, calls = core.scheduler.blocks.grow, iter(range(9999))
+
+    def stingy(table: BlockTable, num_slots: int) -> bool:
+        is_alone = len(core.scheduler.running) < 2
+        return (is_alone or next(calls) % 3 > 0) and grow(table, num_slots)
+
+    monkeypatch.setattr(core.scheduler.blocks, "grow", stingy)
+    sequences = [core.add(prompt, tiny.greedy) for prompt in prompts]
+    while core.has_work:
+        core.step()
+    alone = [tiny.run_alone(tiny.model, p, tiny.greedy).output for p in prompts]
+    assert [s.output for s in sequences] == alone
+    assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks
+
+
+def test_the_pool_keeps_within_its_bytes(tiny: SimpleNamespace) -> None:
+    """Oracle: bytes of the tensors; what cannot fit is refused with the value and the remedy."""
+    config = EngineConfig(block_size=8, cache_bytes=20_000)
+    core = EngineCore(tiny.model, config)
+    held = sum(x.nbytes for pool in core.runner.pools.group_pools for x in pool.tensors)
+    size = held // core.scheduler.blocks.num_blocks
+    assert held <= config.cache_bytes < held + size
+    with pytest.raises(DataError, match=r"lower max_tokens, or raise engine\.cache_bytes"):
+        core.add(tiny.make_prompts([90])[0], tiny.greedy)
+    message = f"engine.cache_bytes={size - 1}: one block of 8 tokens takes {size} bytes"
+    with pytest.raises(ConfigError, match=message):
+        EngineCore(tiny.model, EngineConfig(block_size=8, cache_bytes=size - 1))
 
 
 def test_opting_out_keeps_the_cache_whole(tiny: SimpleNamespace) -> None:
