@@ -164,8 +164,9 @@ class LLM:
             for index, choices in enumerate(prepared)
             for sequence in choices
         }
-        total = sum(_work(sequence, whole=True) for sequence in readers)
-        with progress_bar("generate", total, progress) as advance:
+        left = {sequence: _left(sequence) for sequence in readers}
+        done = 0
+        with progress_bar("generate", sum(left.values()), progress) as advance:
             while self.core.has_work:
                 for sequence in self.core.step():
                     if sequence not in readers:
@@ -175,7 +176,9 @@ class LLM:
                     if piece is not None:
                         pieces[index].append(piece)
                         self._stop(sequence, piece)
-                advance(sum(_work(sequence) for sequence in readers))
+                    done += left[sequence] - _left(sequence)
+                    left[sequence] = _left(sequence)
+                advance(done)
         return pieces
 
     def _stop(self, sequence: Sequence, piece: RequestOutput) -> None:
@@ -189,11 +192,10 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _work(sequence: Sequence, *, whole: bool = False) -> int:
-    """Return the tokens generated; a request that stopped early counts as complete."""
-    if whole or sequence.finish_reason is not None:
-        return sequence.request.max_total - len(sequence.request.prompt)
-    return sequence.num_output
+def _left(sequence: Sequence) -> int:
+    """Return the tokens to come at most."""
+    is_finished = sequence.finish_reason is not None
+    return 0 if is_finished else sequence.request.max_total - len(sequence.tokens)
 
 
 def require_tokenizer(bundle: Served) -> Tokenizer:

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +58,29 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         certificate=certify(model, tighten=False),
         kv_stats=calibrate(model, [text]),
     )
+
+
+def test_progress_counts_every_token_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a step brings one token per request, an early end all that it leaves."""
+    totals, shown = [], []
+
+    @contextmanager
+    def bar(label: str, total: int, show: bool | None = None) -> Iterator[Callable[[int], None]]:
+        totals.append(total)
+        yield shown.append
+
+    monkeypatch.setattr("serve.llm.progress_bar", bar)
+    llm = LLM(bundle, engine=EngineConfig(max_num_seqs=2))
+    first = llm.generate("a", PARAMS)[0].text
+    lengths = (3, 5, 9)
+    params = [replace(PARAMS, max_tokens=n) for n in lengths]
+    stopped = replace(PARAMS, max_tokens=20, stop=(first[2:4],))
+    shown.clear()
+    llm.generate(["b", "c", "d", "a"], [*params, stopped])
+    assert totals[-1] == sum(lengths) + 20 == shown[-1]
+    steps = [after - before for before, after in itertools.pairwise([0, *shown])]
+    assert min(steps) >= 1
+    assert sorted(steps)[:-1] == [min(step, 2) for step in sorted(steps)[:-1]]
 
 
 def test_generate_keeps_the_order_and_equals_solo_runs(bundle: Bundle) -> None:
