@@ -75,8 +75,13 @@ class CacheView:
 
     def _dense(self, pool: Tensor) -> Tensor:
         x_RKSD = gather_pages(pool, self.tables_RN)
+        slots = x_RKSD.shape[2]
+        # On the CPU the slots that all rows have filled are spared; elsewhere that would wait.
+        first = 0 if x_RKSD.is_cuda else int(self.lengths_R.min())
         # Stale slots may hold anything; zero times NaN would not be zero.
-        return x_RKSD.masked_fill(~self._is_filled(x_RKSD.shape[2])[:, None, :, None], 0)
+        is_stale_RS = ~self._is_filled(slots)[:, first:]
+        x_RKSD[:, :, first:].masked_fill_(is_stale_RS[:, None, :, None], 0)
+        return x_RKSD
 
     def _is_filled(self, slots: int) -> Tensor:
         return torch.arange(slots, device=self.k_pool.device) < self.lengths_R[:, None]

@@ -12,6 +12,8 @@ from torch import Tensor
 from serve.kv.policy import Policy, register
 from serve.kv.view import CacheView
 
+TINY = 1e-12  # norms below count as this
+
 
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +29,9 @@ class KeyDiffPolicy(Policy):
     def score(self, view: CacheView) -> Tensor:
         """Return minus the cosine with the mean direction (R, K, S), float32 at least."""
         k_RKSD = view.keys()
-        k_RKSD = F.normalize(k_RKSD.to(torch.promote_types(k_RKSD.dtype, torch.float32)), dim=-1)
+        k_RKSD = k_RKSD.to(torch.promote_types(k_RKSD.dtype, torch.float32))
+        # Norms are divided out of the products: normalised keys would be one more copy of all.
+        scale_RKS = 1 / k_RKSD.norm(dim=-1).clamp(min=TINY)
         # Unfilled slots are zero and add nothing; the cosine does not depend on the length.
-        anchor_RKD1 = F.normalize(k_RKSD.sum(2), dim=-1)[..., None]
-        return -(k_RKSD @ anchor_RKD1)[..., 0]
+        anchor_RK1D = F.normalize(scale_RKS[:, :, None] @ k_RKSD, dim=-1)
+        return -scale_RKS * (k_RKSD @ anchor_RK1D.mT)[..., 0]
