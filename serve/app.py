@@ -175,7 +175,7 @@ def _compare(
     ledger = llm.core.ledger
     with progress_bar("compare", len(policies)) as advance:
         return frontier(
-            llm.model,
+            llm.core.decoder,
             tokens_NT,
             policies,
             stats=stats,

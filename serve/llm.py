@@ -16,7 +16,7 @@ from common.bundle import Bundle
 from common.errors import BundleError, ConfigError, DataError
 from common.models import LipschitzTransformer
 from common.tokenizer import Tokenizer
-from serve.decoder import Decoder
+from serve.decoder import Decoder, LipschitzDecoder, as_decoder
 from serve.engine.config import EngineConfig
 from serve.engine.engine import EngineCore
 from serve.engine.request import Sequence
@@ -62,12 +62,13 @@ class LLM:
         self.policy = policy_by_name(kv) if isinstance(kv, str) else kv
         self.tokenizer = require_tokenizer(self.bundle)
         self.model = cast_model(self.bundle.model, self.engine_config.dtype)
+        decoder = as_decoder(self.model)
         self.core = EngineCore(
-            self.model,
+            decoder,
             self.engine_config,
             self.policy,
             policy_stats(self.bundle, self.policy),
-            make_ledger(self.bundle, self.model, self.engine_config),
+            make_ledger(self.bundle, decoder, self.engine_config),
             end_tokens(self.bundle),
         )
 
@@ -264,15 +265,15 @@ def make_ledger(
     Raises:
         CertificateError: for a void certificate.
     """
-    if not isinstance(bundle, Bundle) or isinstance(model, Decoder):
+    if not isinstance(bundle, Bundle) or not config.certificate or bundle.certificate is None:
         return None
-    if not config.certificate or bundle.certificate is None:
-        return None
-    stored, served = bundle.model.embedding.weight.dtype, model.embedding.weight.dtype
+    decoder = as_decoder(model)
+    assert isinstance(decoder, LipschitzDecoder), "the model of a bundle is ours"
+    stored, served = bundle.model.embedding.weight.dtype, decoder.dtype
     if torch.promote_types(stored, served) != served:
         log.warning("engine.dtype=%s rounds the certified weights: no certified deviation", served)
         return None
-    return EvictionLedger(model, bundle.certificate)
+    return EvictionLedger(decoder, bundle.certificate)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A folder of ``transformers`` ready to serve: model, tokenizer, statistics."""
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -39,9 +40,9 @@ class Checkpoint:
     kind = "transformer"
     certificate = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Sha256 (hex) over configuration and weights as stored."""
+        """Sha256 (hex) over configuration and weights as stored; all of them are read, once."""
         return checkpoint_fingerprint(self.path)
 
     @property

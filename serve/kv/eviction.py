@@ -74,7 +74,7 @@ class EvictionLedger:
     Rounding inside the attention kernel is allowed for, that of the other blocks is left out.
 
     Args:
-        model: The served model.
+        model: The served model; as a decoder where there is one already.
         certificate: A valid certificate of exactly this model.
         clusters: Summaries per key/value head; more are tighter and cost one dot product each.
 
@@ -88,9 +88,15 @@ class EvictionLedger:
     """
 
     def __init__(
-        self, model: LipschitzTransformer, certificate: Certificate, *, clusters: int = 8
+        self,
+        model: LipschitzTransformer | LipschitzDecoder,
+        certificate: Certificate,
+        *,
+        clusters: int = 8,
     ) -> None:
         positive("clusters", clusters)
+        decoder = model if isinstance(model, LipschitzDecoder) else LipschitzDecoder(model)
+        model = decoder.model
         layers = model.config.layers
         if len(certificate.blocks) != 2 * layers:
             raise CertificateError(
@@ -98,7 +104,6 @@ class EvictionLedger:
                 " run lipllm certify"
             )
         self.model, self.certificate = model, certificate
-        decoder = LipschitzDecoder(model)
         self.device = decoder.device
         self.groups = {
             group[0]: BlockBound(decoder, model, group, certificate, clusters)

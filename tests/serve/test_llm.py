@@ -60,6 +60,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )
 
 
+def test_weights_are_prepared_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the ledger of the proof shares the engine's decoder."""
+    prepared: list[LipschitzTransformer] = []
+    monkeypatch.setattr("serve.decoder.PackedTransformer", prepared.append)
+    llm = LLM(bundle, kv=WINDOW)
+    assert llm.core.ledger is not None
+    assert prepared == [llm.model]
+
+
 def test_progress_counts_every_token_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a step brings one token per request, an early end all that it leaves."""
     totals, shown = [], []

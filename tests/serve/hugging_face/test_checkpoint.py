@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from common import files
 from common.errors import BundleError, ConfigError
 from serve import LLM, SamplingParams
 from serve.engine.config import EngineConfig
@@ -85,6 +86,17 @@ def test_dtype_and_fingerprint(hf, folder):
     assert LLM(folder, engine=EngineConfig(dtype="bfloat16")).model.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match=r"engine\.dtype=bfloat16"):
         LLM(single, engine=EngineConfig(dtype="bfloat16"))
+
+
+def test_a_checkpoint_is_hashed_once(folder, monkeypatch):
+    """Oracle: files read; an identity does not change while the weights are in memory."""
+    checkpoint, read = load_checkpoint(folder), []
+    sha256 = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path.name) or sha256(path))
+    stats = calibrate(checkpoint.model, [torch.arange(40).view(2, 20)])
+    write_stats(folder / "kv_stats.safetensors", stats, checkpoint.fingerprint)
+    assert checkpoint.kv_stats.keys() == checkpoint.kv_stats.keys() == stats.keys()
+    assert sorted(read) == ["config.json", "model.safetensors"]
 
 
 def test_what_is_no_usable_checkpoint_is_refused(hf, folder, tmp_path):
