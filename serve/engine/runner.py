@@ -152,8 +152,9 @@ class Runner:
         """
         by_budget: dict[int, list[tuple[Sequence, BlockPlan]]] = {}
         for sequence, plan in rows:
-            budget = policy.budget_for(len(sequence.request.prompt))
-            by_budget.setdefault(budget, []).append((sequence, plan))
+            compaction = sequence.request.compaction
+            assert compaction is not None, "only such sequences are compacted"
+            by_budget.setdefault(compaction.budget, []).append((sequence, plan))
         for budget, part in by_budget.items():
             self._compact(part, policy, stats, budget)
 
