@@ -1,5 +1,6 @@
 """Induction: in a random sequence a piece comes again; what followed it must follow again."""
 
+import random
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,11 +16,11 @@ class Induction(Task):
     """Random symbols that end with the cue of an earlier piece; the answer is the piece's rest.
 
     Attributes:
-        length: Characters of an example's prompt; documents have about as many.
+        length: Characters of an example's prompt and of a document.
         piece: Characters of a piece that comes again.
         cue: How many of them an example shows; the rest is the answer.
         symbols: Number of different symbols, up to 26.
-        repeats: Share of a document's pieces that repeat an earlier one.
+        repeats: Share of a document that repeats pieces of what stands before.
     """
 
     length: int = 240
@@ -52,15 +53,19 @@ class Induction(Task):
             )
 
     def document(self, index: int) -> str:
-        """Return random pieces, some of which repeat an earlier one of the same document."""
+        """Return random symbols, in which pieces from anywhere before come again anywhere.
+
+        Were pieces aligned, a model could copy by distance alone.
+        """
         generator = self.generator("document", index)
-        pieces: list[str] = []
-        for _ in range(max(2, self.length // self.piece)):
-            if pieces and generator.random() < self.repeats:
-                pieces.append(generator.choice(pieces))
+        text = self._random(generator, self.piece)
+        while len(text) < self.length:
+            if generator.random() < self.repeats:
+                start = generator.randint(0, len(text) - self.piece)
+                text += text[start : start + self.piece]
             else:
-                pieces.append("".join(generator.choices(self._alphabet, k=self.piece)))
-        return "".join(pieces) + self.end
+                text += self._random(generator, generator.randint(1, 2 * self.piece - 1))
+        return text[: self.length] + self.end
 
     def example(self, index: int) -> Example:
         """Return a prompt of ``length`` characters whose last ``cue`` stand there only once before.
@@ -70,7 +75,7 @@ class Induction(Task):
         generator = self.generator("example", index)
         length = self.length - self.cue
         while True:
-            text = "".join(generator.choices(self._alphabet, k=length))
+            text = self._random(generator, length)
             start = generator.randint(0, length - self.piece)
             cue = text[start : start + self.cue]
             # Overlaps count: the cue may not straddle the end either.
@@ -94,6 +99,5 @@ class Induction(Task):
             "symbols": matching_share(example.answer, text),
         }
 
-    @property
-    def _alphabet(self) -> str:
-        return SYMBOLS[: self.symbols]
+    def _random(self, generator: random.Random, count: int) -> str:
+        return "".join(generator.choices(SYMBOLS[: self.symbols], k=count))

@@ -34,17 +34,36 @@ def test_cues_reach_back_over_the_whole_prompt() -> None:
         assert found[200 * quarter] == pytest.approx(0.25 * quarter, abs=0.05)
 
 
+def repeated(text: str, piece: int) -> set[int]:
+    """Return the places of a text that lie in a piece which stands there earlier as well."""
+    starts = [i for i in range(len(text) - piece + 1) if text.find(text[i : i + piece]) < i]
+    return {i + j for i in starts for j in range(piece)}
+
+
 @pytest.mark.parametrize("repeats", [0.0, 0.5, 1.0])
-def test_documents_repeat_the_wanted_share_of_pieces(repeats: float) -> None:
-    """Oracle: pieces that stood earlier in the document, counted; the first one never did."""
-    task = Induction(repeats=repeats)
+def test_documents_repeat_the_wanted_share(repeats: float) -> None:
+    """Oracle: symbols in pieces that stood earlier, counted; the first piece never did."""
+    task = Induction(repeats=repeats, length=400)
     seen = total = 0
-    for index in range(150):
-        text = task.document(index).removesuffix("\n")
-        pieces = [text[i : i + task.piece] for i in range(0, len(text), task.piece)]
-        seen += sum(piece in pieces[:i] for i, piece in enumerate(pieces))
-        total += len(pieces) - 1
-    assert seen / total == pytest.approx(repeats, abs=0.03)
+    for index in range(60):
+        text = task.document(index)
+        assert text.endswith(task.end)
+        assert len(text) == task.length + 1
+        # A piece that the document's end cuts off is none.
+        seen += len(repeated(text[:-1], task.piece))
+        total += task.length - task.piece
+    assert seen / total == pytest.approx(repeats, abs=0.04)
+
+
+def test_repeats_may_begin_anywhere() -> None:
+    """Oracle: distances to the earlier piece have all remainders, so that none can be learned."""
+    task, found = Induction(), set()
+    for index in range(40):
+        text = task.document(index)
+        for i in range(len(text) - task.piece):
+            distance = i - text.find(text[i : i + task.piece])
+            found.add(distance % task.piece)
+    assert found == set(range(task.piece))
 
 
 def test_only_as_many_symbols_as_the_answer_are_read() -> None:
