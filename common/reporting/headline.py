@@ -3,10 +3,11 @@
 from common.reporting.page import card, number, percent
 from common.reporting.proof import bound, certificate
 from common.reporting.runs import Story
+from common.reporting.unlearning import unlearning
 
 
 def headline(story: Story) -> str:
-    """Return the headline cards of whatever stages there are."""
+    """Return the headline cards of whatever stages there are, and what unlearning measured."""
     cards = [
         _loss_card(story),
         _bound_card(story),
@@ -14,7 +15,8 @@ def headline(story: Story) -> str:
         _deviation_card(story),
         _cache_card(story),
     ]
-    return f'<div class="cards">{"".join(filter(None, cards))}</div>'
+    markup = f'<div class="cards">{"".join(filter(None, cards))}</div>'
+    return markup + unlearning(story) if "unlearn" in story.stages else markup
 
 
 def _loss_card(story: Story) -> str:
@@ -40,10 +42,12 @@ def _pruning_card(story: Story) -> str:
     removed = story.metric("compress/removed_fraction")
     if removed is None:
         return ""
-    after = story.metric("compress/val_bits_per_byte")
-    before = story.metric("compress/val_bits_per_byte_before")
-    loss = f"{number(before)} &rarr; {number(after)} bits/byte" if before is not None else ""
-    return card("MLP parameters removed", percent(removed), "", loss, "measured")
+    loss = ""
+    for name, unit in (("val_bits_per_byte", "bits/byte"), ("val_accuracy", "accuracy")):
+        after, before = (story.metric(f"compress/{name}{when}") for when in ("", "_before"))
+        if before is not None:
+            loss = f"{number(before)} &rarr; {number(after)} {unit}"
+    return card("Parameters removed", percent(removed), "", loss, "measured")
 
 
 def _deviation_card(story: Story) -> str:

@@ -1,5 +1,6 @@
 """Pruning: sparsity against quality, deviation, certificate and speed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from common.reporting.charts import Series, key, line_chart
@@ -15,50 +16,70 @@ from common.reporting.page import (
     section,
     table,
 )
+from common.reporting.places import compression, places
 from common.reporting.runs import Story
 
 _REMOVED = "parameters of the pruned places removed, %"
-_DEVIATION = "largest RMS change of the logits over the vocabulary"
+_DEVIATION = "largest RMS change of the logits over the vocabulary or the classes"
+_QUALITY = {
+    "val_bits_per_byte": (
+        "bits per byte",
+        "Validation loss of the really smaller model, before and after on the same text",
+    ),
+    "val_accuracy": (
+        "accuracy",
+        "Share of validation images that the really smaller model has right",
+    ),
+    "fidelity": (
+        "output energy that is kept",
+        "Mean over the places of the share of the output that the refit explains; there was no "
+        "text to measure a loss on",
+    ),
+}
+"""The first figure that points have: its axis, and what it is."""
 
 
 def pruning(story: Story) -> str:
     """Return the frontier of sparsity against quality, deviation, certificate and speed."""
     title = "Pruning"
     lead = "What removing parameters costs in loss, how far it can move the output, what it saves."
+    run = story.stage("compress")
+    if run is None:
+        return section(title, lead, missing("Nothing pruned: the compress stage has not finished."))
     points = story.items("compress", "frontier.json")
-    if not points:
-        return section(title, lead, missing("No frontier: the compress stage has not finished."))
     points = sorted(points, key=lambda point: point["removed_fraction"])
     removed = [100 * point["removed_fraction"] for point in points]
+    record = compression(story)
+    charts = (_quality, _deviation, _certificate, _speed)
     return section(
         title,
         lead,
-        _command(story),
+        f'<p class="note">{code(run.command_line)}</p>',
         figures(
-            _quality(story, points, removed),
-            _deviation(points, removed),
-            _certificate(points, removed),
-            _speed(points, removed),
+            *(chart(story, points, removed) for chart in charts if points),
+            *places(record),
         ),
-        _frontier(points),
-        _chosen(story),
+        _frontier(points) if points else missing("No frontier: this run measured one budget."),
+        _chosen(story, record),
     )
 
 
 def _quality(story: Story, points: list[dict[str, Any]], removed: list[float]) -> str:
-    bits = [point.get("val_bits_per_byte") for point in points]
-    before = story.metric("compress/val_bits_per_byte_before")
-    series = [Series(label="pruned model", x=removed, y=bits, tone="measured", markers=True)]
+    found = (name for name in _QUALITY if any(point.get(name) is not None for point in points))
+    name = next(found, None)
+    if name is None:
+        return ""
+    label, what = _QUALITY[name]
+    before = story.metric(f"compress/{name}_before")
+    values = [point.get(name) for point in points]
+    series = [Series(label="pruned model", x=removed, y=values, tone="measured", markers=True)]
     level = None if before is None else ("before pruning", before)
-    chart = line_chart(series, _REMOVED, "bits per byte", level=level)
-    caption = (
-        f"<b>Quality.</b> {kind('measured')} Validation loss of the really smaller model, before "
-        "and after on the same text, without any training after pruning."
-    )
+    chart = line_chart(series, _REMOVED, label, level=level)
+    caption = f"<b>Quality.</b> {kind('measured')} {what}, without any training after pruning."
     return figure(key(series) + chart, caption)
 
 
-def _deviation(points: list[dict[str, Any]], removed: list[float]) -> str:
+def _deviation(_: Story, points: list[dict[str, Any]], removed: list[float]) -> str:
     names = {
         "certified_deviation": ("certified", {"tone": "proved"}),
         "semi_empirical_deviation": ("semi-empirical", {"tone": "neutral", "dashed": True}),
@@ -69,10 +90,12 @@ def _deviation(points: list[dict[str, Any]], removed: list[float]) -> str:
         for name, (label, style) in names.items()
         if any(point.get(name) is not None for point in points)
     ]
-    caption = (
-        f"<b>Deviation from the dense model</b>, {_DEVIATION}. {kind('proved')} Certified: for "
-        f"every input. {kind('measured')} Measured: on validation text, never above it."
-    )
+    if not series:
+        return ""
+    caption = f"<b>Deviation from the dense model</b>, {_DEVIATION}. "
+    if any(point.get("certified_deviation") is not None for point in points):
+        caption += f"{kind('proved')} Certified: for every input, never below the measured one. "
+    caption += f"{kind('measured')} Measured: on validation data."
     if len(series) > 2:
         caption += (
             f" {kind('estimate')} Semi-empirical: measured change of each block, amplified by the "
@@ -82,7 +105,7 @@ def _deviation(points: list[dict[str, Any]], removed: list[float]) -> str:
     return figure(key(series) + chart, caption)
 
 
-def _certificate(points: list[dict[str, Any]], removed: list[float]) -> str:
+def _certificate(_: Story, points: list[dict[str, Any]], removed: list[float]) -> str:
     values = [point.get("cert_tightened") for point in points]
     found = (point.get("cert_tightened_before") for point in points)
     before = next((value for value in found if value), None)
@@ -100,7 +123,7 @@ def _certificate(points: list[dict[str, Any]], removed: list[float]) -> str:
     return figure(key(series) + chart, caption)
 
 
-def _speed(points: list[dict[str, Any]], removed: list[float]) -> str:
+def _speed(_: Story, points: list[dict[str, Any]], removed: list[float]) -> str:
     saved = [1 / p["flops_fraction"] if p.get("flops_fraction") else None for p in points]
     columns = {
         "forward pass": ([p.get("forward_speedup") for p in points], {"tone": "measured"}),
@@ -121,16 +144,13 @@ def _speed(points: list[dict[str, Any]], removed: list[float]) -> str:
     return figure(key(series) + line_chart(series, _REMOVED, "times faster"), caption)
 
 
-def _command(story: Story) -> str:
-    run = story.stage("compress")
-    return "" if run is None else f'<p class="note">{code(run.command_line)}</p>'
-
-
 def _frontier(points: list[dict[str, Any]]) -> str:
     columns = [
         ("kept, MLP", "keep", number),
         ("kept, heads", "keep_heads", number),
         ("bits/byte", "val_bits_per_byte", _fine),
+        ("accuracy", "val_accuracy", percent),
+        ("fidelity", "fidelity", percent),
         ("KL, nats", "kl_nats", number),
         ("proved constant", "cert_tightened", _fine),
         ("certified change", "certified_deviation", number),
@@ -155,7 +175,7 @@ def _frontier(points: list[dict[str, Any]]) -> str:
     return table(["Order", *(label for label, _, _ in shown)], rows) + note
 
 
-def _chosen(story: Story) -> str:
+def _chosen(story: Story, record: Mapping[str, Any]) -> str:
     rows = [
         ("Parameters", "compress/params", number, "measured"),
         ("Parameters before", "compress/params_before", number, "measured"),
@@ -166,28 +186,36 @@ def _chosen(story: Story) -> str:
         ("Operations, of the dense one", "compress/flops_fraction", percent, "estimate"),
         ("Bits per byte", "compress/val_bits_per_byte", _fine, "measured"),
         ("Bits per byte before", "compress/val_bits_per_byte_before", _fine, "measured"),
+        ("Accuracy", "compress/val_accuracy", percent, "measured"),
+        ("Accuracy before", "compress/val_accuracy_before", percent, "measured"),
+        ("Output energy that is kept, mean over places", "compress/fidelity", percent, "estimate"),
         ("KL divergence from the dense model, nats", "compress/kl_nats", number, "measured"),
         ("Most likely token unchanged", "compress/top1_agreement", percent, "measured"),
         ("Most likely token proved unchanged", "compress/certified_top1", percent, "proved"),
         ("Certified deviation, RMS", "compress/certified_deviation", number, "proved"),
         ("Measured deviation, RMS", "compress/measured_deviation", number, "measured"),
         ("Bound of the pruned model", "compress/cert/tightened", number, "proved"),
+        ("Growth of the blocks' norms that the refit was allowed", "tau", _cap, "measured"),
     ]
     stage = story.stage("compress")
-    values = dict(stage.metrics) if stage else {}
+    values: dict[str, Any] = dict(stage.metrics) if stage else {}
     bound = story.metric("cert/tightened", "recertify")
-    if bound is not None:
-        values["compress/cert/tightened"] = bound
+    values["compress/cert/tightened"] = values.get("compress/tightened") if bound is None else bound
+    values["tau"] = record.get("tau")
     shown = [
         [label, kind(badge), show(values[name])]
         for label, name, show, badge in rows
-        if name in values
+        if values.get(name) is not None
     ]
     return table(["The pruned model in the bundle", "", "value"], shown, text_columns=2)
 
 
 def _fine(value: float) -> str:
     return number(value, 4)
+
+
+def _cap(value: float | str) -> str:
+    return "no cap" if value == "inf" else _times(float(value))
 
 
 def _times(value: float) -> str:
