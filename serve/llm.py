@@ -252,7 +252,11 @@ def policy_stats(bundle: Served, policy: Policy | None) -> list[Any] | None:
     """
     if policy is None or not policy.needs_stats or policy.budget is None:
         return None
-    return layer_stats(bundle.kv_stats, bundle.model)
+    stats = bundle.kv_stats
+    try:
+        return layer_stats(stats, bundle.model)
+    except BundleError as error:
+        raise BundleError(f"{bundle.path}: {error}") from None
 
 
 def make_ledger(

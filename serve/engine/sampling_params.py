@@ -74,6 +74,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if self.logit_bias is None:  # as a configuration says it
+            object.__setattr__(self, "logit_bias", {})
         check_types(self)
         within("n", self.n, 1, MAX_CHOICES)
         within("temperature", self.temperature, 0.0, 2.0)

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from common.checkpoints import EXPORTED_TYPE
 from common.errors import ConfigError
 from common.models import ModelConfig
 
-MODEL_TYPE = "lipllm"
+MODEL_TYPE = EXPORTED_TYPE
 
 
 def usual_names(config: ModelConfig) -> dict[str, int]:

@@ -88,7 +88,7 @@ def load_checkpoint(
     model = load_causal_model(folder, None if dtype is None else getattr(torch, dtype))
     tokenizer = HuggingFaceTokenizer.load(folder)
     try:
-        decoder = HuggingFaceDecoder(model.to(device))
+        model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise BackendError(
             f"device={device}: not available ({first_line(error)}); use device=cpu"
@@ -98,7 +98,7 @@ def load_checkpoint(
     stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return Checkpoint(
         path=folder,
-        model=decoder,
+        model=HuggingFaceDecoder(model),
         tokenizer=tokenizer,
         stop_token_ids=tuple(stops),
         stats_path=stats,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.checkpoints import first_line
 from common.errors import ConfigError
 from serve.decoder import LayerSpec
 from serve.hugging_face.dispatch import hooked
@@ -95,12 +96,15 @@ def probe(model: Any, context: int) -> tuple[tuple[LayerSpec, ...], int]:
     tokens_A = torch.linspace(0, vocab - 1, NUM_TOKENS + 2).long()[1:-1]
     positions_N = torch.tensor(positions_P).repeat_interleave(NUM_TOKENS)
     tokens_N, recorder = tokens_A.repeat(len(positions_P)), Recorder()
-    with hooked(recorder.attention, recorder.mask):
-        output = model(
-            input_ids=tokens_N[None].to(model.device),
-            position_ids=positions_N[None].to(model.device),
-            use_cache=False,
-        )
+    try:
+        with hooked(recorder.attention, recorder.mask):
+            output = model(
+                input_ids=tokens_N[None].to(model.device),
+                position_ids=positions_N[None].to(model.device),
+                use_cache=False,
+            )
+    except Exception as error:  # such as a layer that cannot have another shape than the others
+        raise _refusal(kind, f"it does not run ({first_line(error)})", "such models") from error
     layers = model.config.get_text_config().num_hidden_layers
     if sorted(recorder.calls) != list(range(layers)):
         raise _refusal(

@@ -73,6 +73,14 @@ def test_generate_continues_given_prompts_without_a_corpus(lipllm: Callable, bun
     assert not Path(".cache").exists()
 
 
+def test_generate_takes_a_bias_of_logits(lipllm: Callable, bundle: Path) -> None:
+    """Oracle: a bias beyond all logits leaves one token to choose."""
+    options = (*QUICK, "generate.eval_windows=0", "generate.prompts=[def]")
+    done = lipllm("generate", f"bundle={bundle}", *options, "sampling.logit_bias={97: 100}")
+    assert done.status == 0, done.err
+    assert "--- full cache\naaaaaaaaaaaa\n" in done.out
+
+
 def test_generate_says_why_a_character_model_is_not_compared(
     lipllm: Callable, tmp_path: Path
 ) -> None:

@@ -268,7 +268,7 @@ def test_dtype_converts_a_copy(bundle: Bundle) -> None:
 def test_unusable_bundles_are_refused(bundle: Bundle, tmp_path) -> None:
     """Oracle: the documented errors: no statistics, void certificate, classifier."""
     bare = save_bundle(tmp_path / "bare", bundle.model, ByteTokenizer())
-    with pytest.raises(BundleError, match="calibrate"):
+    with pytest.raises(BundleError, match=rf"{bare.path}: .*lipllm calibrate"):
         LLM(bare, kv="triattention")
     assert LLM(bare, kv=WINDOW).generate("ab", PARAMS)[0].certified_deviation is None
     classifier = save_bundle(tmp_path / "mlp", LipschitzMLP([4, 3, 2]))

@@ -87,3 +87,4 @@ def test_sampling_params_do_not_share_the_callers_bias() -> None:
     params = SamplingParams(logit_bias=bias)
     bias[1] = 3.0
     assert params.logit_bias == {1: 2.0}
+    assert SamplingParams(logit_bias=None).logit_bias == {}

@@ -14,6 +14,7 @@ from common.bundle import Bundle, load_bundle, save_bundle
 from common.errors import BackendError, BundleError
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
 from common.tokenizer import ByteTokenizer
+from compress.checkpoints.checkpoint import load_hf
 from serve import LLM, SamplingParams
 from solvers.bounds.network import certify
 
@@ -54,6 +55,13 @@ def exported(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Simple
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     return SimpleNamespace(path=path, model=model, tokenizer=tokenizer)
+
+
+def test_an_exported_folder_is_served_by_its_bundle(exported: SimpleNamespace) -> None:
+    """Oracle: the error contract, of serving and of pruning: what the folder is, and the remedy."""
+    for load in (LLM, load_hf):
+        with pytest.raises(BundleError, match=r"written by lipllm export .* give the bundle"):
+            load(exported.path)
 
 
 def test_files(bundle: Bundle, exported: SimpleNamespace) -> None:

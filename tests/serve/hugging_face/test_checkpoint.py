@@ -9,10 +9,13 @@ import torch
 
 from common import files
 from common.errors import BundleError, ConfigError
+from compress.adapters import adapter_for
+from compress.checkpoints.checkpoint import load_hf, save_hf
 from serve import LLM, SamplingParams
 from serve.engine.config import EngineConfig
 from serve.hugging_face import HuggingFaceDecoder, load_checkpoint
 from serve.kv.calibrate import calibrate
+from serve.kv.policies import SnapKVPolicy
 from serve.kv.stats_file import write_stats
 from serve.loading import load_served
 
@@ -34,6 +37,34 @@ def test_llm_from_a_folder_equals_generate(hf, folder):
         assert output.prompt_token_ids == given["input_ids"][0].tolist()
         assert output.token_ids == expected
         assert output.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def uneven(hf, folder, name, layers):
+    """Put the model, half of whose heads and neurons are gone in some layers, into its folder."""
+    adapter = adapter_for(hf.make_model(name))
+    targets = [target for target in adapter.targets() if target.layer in layers]
+    small = adapter.cut({target.name: torch.arange(target.inputs // 2) for target in targets})
+    (folder / "config.json").unlink()  # a place of ours: only the tokenizer goes along
+    save_hf(small, folder.parent / "small", parent=None)
+    for file in (folder.parent / "small").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2"])
+def test_layers_that_were_pruned_unequally_are_served(hf, folder, name):
+    """Oracle: ``generate`` of the library on the model that compress loads; one group per shape."""
+    uneven(hf, folder, name, layers=(1,))
+    plain, llm = load_hf(folder), LLM(folder)
+    assert llm.core.decoder.groups == ((0, 2), (1,))
+    prompts = hf.make_prompts([5, 9])
+    found = [output.token_ids for output in llm.generate(prompts, GREEDY)]
+    assert found == [hf.generated(plain, prompt, 24) for prompt in prompts]
+    cut = LLM(folder, kv=SnapKVPolicy(budget=12, interval=4, window=4))
+    assert all(output.kv_kept_fraction < 1 for output in cut.generate(prompts, GREEDY))
+    (folder / "prune_manifest.json").unlink()
+    with pytest.raises(BundleError, match="cannot load it"):
+        LLM(folder)
 
 
 def test_end_tokens_of_the_model_stop_the_text(hf, folder, tmp_path):
