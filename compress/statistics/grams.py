@@ -19,7 +19,7 @@ from common.errors import DataError, ShapeError
 CHUNK_ROWS = 8192
 """Rows per float32 product: longer sums lose digits before they reach float64."""
 PANEL = 128
-"""Columns per panel: only panels on and above the diagonal are multiplied."""
+"""Columns per panel on GPUs: only panels on and above the diagonal are multiplied."""
 MAX_SKIPPED = 1e-3
 
 
@@ -181,6 +181,16 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 
 def _add_product(second_II: Tensor, chunk_MI: Tensor) -> None:
+    """Add ``chunk' chunk``, at least its upper triangle."""
+    if chunk_MI.device.type != "cpu":
+        _add_panels(second_II, chunk_MI)
+        return
+    # NumPy sees the symmetry and forms one triangle; torch has no such product.
+    rows_MI = chunk_MI.numpy()
+    second_II += torch.from_numpy(rows_MI.T @ rows_MI)
+
+
+def _add_panels(second_II: Tensor, chunk_MI: Tensor) -> None:
     """Add the upper triangle of ``chunk' chunk``, panel by panel."""
     inputs = chunk_MI.shape[1]
     for start in range(0, inputs, PANEL):

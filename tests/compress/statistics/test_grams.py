@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import DataError, ShapeError
-from compress.statistics.grams import Moments, sums_device
+from compress.statistics.grams import Moments, _add_panels, sums_device
 
 EXACT = 1e-12
 """Float64 sums in another order."""
@@ -31,6 +31,15 @@ def test_streaming_equals_batch_in_any_order_and_split():
         torch.testing.assert_close(moments.gram_II(), expected, rtol=EXACT, atol=EXACT)
         torch.testing.assert_close(moments.mean_I, x_MI.mean(0), rtol=EXACT, atol=EXACT)
         assert moments.count == 1000
+
+
+def test_panels_cover_the_upper_triangle():
+    """Oracle: the whole product; more than two panels, the last one narrow."""
+    x_MI = rows(50, 300)
+    panels_II = torch.zeros(300, 300, dtype=torch.float64)
+    _add_panels(panels_II, x_MI)
+    expected = (x_MI.T @ x_MI).triu()
+    torch.testing.assert_close(panels_II.triu(), expected, rtol=EXACT, atol=EXACT)
 
 
 def test_centred_gram_is_the_covariance():
