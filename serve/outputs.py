@@ -137,6 +137,11 @@ class RequestOutput:
         return self.outputs[0].kv_kept_fraction
 
     @property
+    def kv_evicted(self) -> int:
+        """Cache slots that the first completion has given up, per layer and head."""
+        return self.outputs[0].kv_evicted
+
+    @property
     def logprobs(self) -> list[dict[int, float]] | None:
         """Log-probabilities of the first completion."""
         return self.outputs[0].logprobs

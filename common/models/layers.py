@@ -6,6 +6,7 @@ sensitive is a weight matrix, a constant of ``LayerConfig`` or the slope of the 
 
 # Legend: B batch, T token, C width, H query heads, K key/value heads, D head width, F MLP width.
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,14 @@ from common.models.rope import inverse_frequencies, rotate, rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Hook ``attend(layer, q_BHTD, k_BKTD, v_BKTD) -> o_BHTD``; queries and keys are rotated."""
+
+
+class TurningAttend(ABC):
+    """A hook that rotates by itself, at the positions that it was made for."""
+
+    @abstractmethod
+    def turning(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return what the hook returns for the rotated queries and keys."""
 
 
 def activate(z_BTF: Tensor, layer: LayerConfig) -> Tensor:
@@ -91,8 +100,9 @@ class Attention(nn.Module):
             return q_BHTD, torch.zeros_like(v_BKTD), v_BKTD
         q_BHTD = self._split(self.query(x_BTC), layer.content_heads)
         k_BKTD = self._split(self.key(x_BTC), layer.content_kv_heads)
-        q_BHTD = F.pad(q_BHTD, (0, 0, 0, 0, 0, layer.heads - layer.content_heads))
-        k_BKTD = F.pad(k_BKTD, (0, 0, 0, 0, 0, layer.kv_heads - layer.content_kv_heads))
+        if layer.content_heads < layer.heads:
+            q_BHTD = F.pad(q_BHTD, (0, 0, 0, 0, 0, layer.heads - layer.content_heads))
+            k_BKTD = F.pad(k_BKTD, (0, 0, 0, 0, 0, layer.kv_heads - layer.content_kv_heads))
         return q_BHTD, k_BKTD, v_BKTD
 
     def mix(
@@ -100,6 +110,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return the concatenated head outputs (B, T, H * D) before the output matrix."""
         q_BHTD, k_BKTD, v_BKTD = self.project(x_BTC)
+        if isinstance(attend, TurningAttend):
+            return attend.turning(self.index, q_BHTD, k_BKTD, v_BKTD).transpose(1, 2).flatten(2)
         positions = positions_BT
         if positions is None:
             positions = torch.arange(x_BTC.shape[1], device=x_BTC.device)[None]

@@ -8,7 +8,6 @@ looked up. Equal to ``LipschitzTransformer`` up to rounding; never trained.
 # Legend: N tokens (flat), M of them with logits, H query heads, K key/value heads, D head width,
 # C width, O output features, V vocabulary.
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.models.config import DIVIDED
-from common.models.layers import Layer, undivided
+from common.models.layers import Layer, TurningAttend, undivided
 from common.models.rope import turn, turn_table
 from common.models.transformer import LipschitzTransformer
 
@@ -26,14 +25,6 @@ FlatAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 Turns = tuple[Tensor, Tensor]
 """Cosines and sines (N, 1, D) as ``rope.turn`` takes them."""
-
-
-class TurningAttend(ABC):
-    """A hook that rotates by itself, at the positions that it was made for."""
-
-    @abstractmethod
-    def turning(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        """Return what the hook returns for the rotated queries and keys."""
 
 
 class PackedTransformer:

@@ -4,7 +4,7 @@
 
 from torch import Tensor
 
-from common.models.packed import TurningAttend
+from common.models.layers import TurningAttend
 from common.models.rope import rotation
 from serve.decoder import Decoder
 from serve.engine.attention import Listener, PagedAttention

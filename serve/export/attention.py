@@ -14,39 +14,17 @@ import torch
 from torch import Tensor
 
 from common.models import LipschitzTransformer
-from common.models.layers import Attend, Attention
+from common.models.layers import Attention, TurningAttend
 from common.models.rope import rotate, rotation
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of ``transformers``: ``(module, q, k, v, mask, ...) -> (o_BTHD, p)``."""
 
 
-class SharedRotation(Attention):
-    """Our attention, except that under a ``CachedAttention`` all layers share its rotation."""
-
-    def mix(
-        self, x_BTC: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None
-    ) -> Tensor:
-        """Return the concatenated head outputs (B, T, H * D) before the output matrix."""
-        if not isinstance(attend, CachedAttention):
-            return super().mix(x_BTC, positions_BT, attend)
-        q_BHTD, k_BKTD, v_BKTD = self.project(x_BTC)
-        if self.query is not None:
-            cos_sin = attend.rotation(self, q_BHTD.dtype)
-            q_BHTD, k_BKTD = rotate(q_BHTD, cos_sin), rotate(k_BKTD, cos_sin)
-        return attend(self.index, q_BHTD, k_BKTD, v_BKTD).transpose(1, 2).flatten(2)
-
-
 def prepare_attention(model: LipschitzTransformer) -> None:
-    """Make a model's attention modules ready for ``CachedAttention``, in place.
-
-    They get the attributes that attention functions read, and share rotations; without that hook
-    the model does what it did.
-    """
+    """Give a model's attention modules the attributes that attention functions read."""
     for layer in model.layers:
         attention: Any = layer.attention
-        # A new module would change nothing but the class, and have to take over the parameters.
-        attention.__class__ = SharedRotation
         attention.layer_idx = attention.index
         attention.num_key_value_groups = attention.layer.group
         attention.is_causal = True
@@ -87,8 +65,10 @@ def biased_mask(bias_HT: Tensor, distance_TS: Tensor, mask: Tensor | None) -> Te
     return (bias_1HTS + mask).clamp(min=lowest)
 
 
-class CachedAttention:
+class CachedAttention(TurningAttend):
     """Attention of one forward pass, given to the model as its ``attend`` hook.
+
+    All layers share its rotations.
 
     Args:
         model: Prepared by ``prepare_attention``.
@@ -116,7 +96,7 @@ class CachedAttention:
         self.rotations: dict[int, Tensor] = {}
         self.weights: list[Tensor | None] = []
 
-    def rotation(self, attention: Attention, dtype: torch.dtype) -> Tensor:
+    def _rotation(self, attention: Attention, dtype: torch.dtype) -> Tensor:
         """Return the rotation of this pass for the head width of a layer, computed once."""
         width = attention.layer.head_dim
         if width not in self.rotations:
@@ -124,6 +104,14 @@ class CachedAttention:
             attention.inverse_frequency = attention.inverse_frequency.to(self.positions_BT.device)
             self.rotations[width] = rotation(self.positions_BT, attention.inverse_frequency, dtype)
         return self.rotations[width]
+
+    def turning(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        """Rotate, append keys and values to the cache, return outputs (B, H, T, D)."""
+        attention = self.attentions[layer]
+        if attention.query is not None:
+            cos_sin = self._rotation(attention, q_BHTD.dtype)
+            q_BHTD, k_BKTD = rotate(q_BHTD, cos_sin), rotate(k_BKTD, cos_sin)
+        return self(layer, q_BHTD, k_BKTD, v_BKTD)
 
     def __call__(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         """Append keys and values to the cache, return outputs (B, H, T, D)."""

@@ -14,10 +14,11 @@ from torch import Tensor
 from common import files
 from common.bundle import Bundle
 from common.bundle_format import CERTIFICATE
+from common.checkpoints import transformers_library
 from common.errors import BundleError
 from common.models import LipschitzTransformer
 from serve.export.config import MODEL_TYPE
-from serve.export.library import require_transformers, silence
+from serve.export.library import require_transformers
 from serve.export.tokenizer import fast_tokenizer
 from serve.llm import cast_model, require_tokenizer
 
@@ -72,7 +73,8 @@ def export_bundle(
             was there is unchanged.
         BackendError: when ``transformers`` is not installed.
     """
-    silence(require_transformers())
+    require_transformers()
+    transformers_library()  # silent from here on
     require_tokenizer(bundle)
     path = Path(path).expanduser().resolve()
     _require_free(path, replace=replace)

@@ -26,9 +26,3 @@ def require_transformers() -> Any:
             f"{OLDEST[0]}.{OLDEST[1]} or later; pip install --upgrade transformers"
         )
     return transformers
-
-
-def silence(library: Any) -> None:
-    """Keep the messages and bars of ``transformers`` out of a command's output."""
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
