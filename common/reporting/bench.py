@@ -34,23 +34,27 @@ _FIELDS: dict[str, dict[str, str]] = {
     },
     "tasks": {
         "task": "task",
+        "query": "question",
         "policy": "policy",
         "summary_tokens": "mean tokens",
-        "query": "question",
         "budget": "budget",
         "kept_fraction": "kept",
         "exact": "exact",
     },
     "speed": {
+        "policy": "policy",
         "context": "context",
         "batch": "batch",
-        "policy": "policy",
+        "summary_tokens": "mean tokens",
+        "budget": "budget",
         "tokens_per_s": "token/s",
         "ratio": "times full",
         "ratio_low": "lowest",
         "ratio_high": "highest",
         "cached": "cached tokens",
         "kv_bytes": "KV bytes",
+        "device": "device",
+        "clock": "clock",
     },
     "baseline": {
         "batch": "batch",
@@ -59,20 +63,40 @@ _FIELDS: dict[str, dict[str, str]] = {
         "ratio": "times transformers",
         "ratio_low": "lowest",
         "ratio_high": "highest",
+        "device": "device",
+        "clock": "clock",
     },
 }
-HEADS = {part: list(fields.values()) for part, fields in _FIELDS.items()}
-_TEXT_COLUMNS = {"quality": 1, "tasks": 4, "speed": 3, "baseline": 1}
+_COMBINED = {
+    "policy": "policy",
+    "summary_tokens": "mean tokens",
+    "budget": "budget",
+    "kl_vs_full": "KL, nats",
+    "perplexity": "perplexity",
+    "exact known": "exact, question known",
+    "exact late": "exact, question late",
+}
+COMBINED = "policies"
+PARTS = (*_FIELDS, COMBINED)
+"""Tables: one per part of the bench, and one with all figures of each policy and budget."""
+_TEXTS = frozenset({"policy", "task", "query"})
 
 
-def text_rows(rows: Sequence[Row], part: str) -> list[list[str]]:
-    """Return the rows of one part as text; quality and tasks best first within a budget."""
-    chosen = [row for row in rows if row["part"] == part]
-    if part == "quality":
-        chosen.sort(key=lambda r: (r["budget"], r.get("kl_vs_full", 0.0)))
-    if part == "tasks":
-        chosen.sort(key=lambda r: (r.get("query", ""), r.get("budget", 1.0), -r["exact"]))
-    return [[_text(row.get(name)) for name in _FIELDS[part]] for row in chosen]
+def text_table(rows: Sequence[Row], part: str) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells of one table as text; columns without a value are left out.
+
+    Policies are sorted best first within a budget; what was measured in turns stays together.
+    """
+    names, chosen = _content(rows, part)
+    return list(names.values()), [[_text(row.get(name)) for name in names] for row in chosen]
+
+
+def note(rows: Sequence[Row]) -> str:
+    """Return the sentence that says how speeds were measured; empty where none were."""
+    clocks = "; ".join(dict.fromkeys(_clock(row) for row in rows if "clock" in row))
+    if not clocks:
+        return ""
+    return f"Speeds: medians of rounds in turns with the full cache or transformers ({clocks})."
 
 
 def bench(story: Story) -> str:
@@ -84,13 +108,71 @@ def bench(story: Story) -> str:
     if not isinstance(content, dict) or not content.get("rows"):
         return section(title, lead, missing("No rows: the bench has not finished."))
     rows = content["rows"]
-    tables = [
-        details(part, table(HEADS[part], _escaped(rows, part), text_columns=_TEXT_COLUMNS[part]))
-        for part in _FIELDS
-        if any(row["part"] == part for row in rows)
-    ]
-    note = f'<p class="note">Again: {code(run.command_line if run else "")}</p>'
-    return section(title, lead, note, figures(*_charts(rows)), *tables)
+    tables = [details(part, markup) for part in PARTS if (markup := _table(rows, part))]
+    again = f'<p class="note">Again: {code(run.command_line if run else "")}</p>'
+    clock = f'<p class="note">{escape(note(rows))}</p>' if note(rows) else ""
+    return section(title, lead, again, figures(*_charts(rows)), *tables, clock)
+
+
+def _content(rows: Sequence[Row], part: str) -> tuple[dict[str, str], list[Row]]:
+    """Return the columns (field to heading) and the rows of a table."""
+    if part == COMBINED:
+        fields, chosen = _combined(rows)
+    else:
+        fields, chosen = _FIELDS[part], [row for row in rows if row["part"] == part]
+    if part in ("quality", COMBINED):
+        chosen.sort(key=lambda r: (r.get("budget", 1.0), r.get("kl_vs_full", 0.0)))
+    if part == "tasks":
+        chosen.sort(key=lambda r: (r.get("query", ""), r.get("budget", 1.0), -r["exact"]))
+    if part == "speed":
+        shape = ("context", "batch", "device", "clock")
+        chosen.sort(key=lambda r: (*(r[name] for name in shape), r.get("budget", 1.0), -r["ratio"]))
+    shown = {name: head for name, head in fields.items() if any(_has(r, name) for r in chosen)}
+    return shown, chosen
+
+
+def _has(row: Row, name: str) -> bool:
+    return row.get(name) is not None
+
+
+def _combined(rows: Sequence[Row]) -> tuple[dict[str, str], list[Row]]:
+    """Return all figures of each policy, number of mean tokens and budget in one row."""
+    parts = {row["part"] for row in rows} & {"quality", "tasks", "speed"}
+    clocks = {_clock(row) for row in rows if row["part"] == "speed"}
+    fields, found = dict(_COMBINED), dict[tuple[Any, ...], dict[str, Any]]()
+    for row in rows if len(parts) > 1 else ():
+        if row["part"] not in parts:
+            continue
+        share = None if row["policy"] == "full" else row["budget"]
+        own = {"policy": row["policy"], "summary_tokens": row.get("summary_tokens")}
+        entry = found.setdefault((*own.values(), share), own | ({"budget": share} if share else {}))
+        if row["part"] == "quality":
+            entry["perplexity"] = 2 ** row["bits_per_token"]
+            entry |= {name: row[name] for name in ("kl_vs_full",) if name in row}
+        elif row["part"] == "tasks":
+            queries = [row["query"]] if "query" in row else ["known", "late"]
+            entry |= {f"exact {query}": row["exact"] for query in queries}
+        else:
+            shape = f"{row['context']} x {row['batch']}"
+            shape += f" ({_clock(row)})" if len(clocks) > 1 else ""
+            for name, head in (("tokens_per_s", "token/s"), ("ratio", "times full")):
+                fields[f"{name} {shape}"] = f"{head}, {shape}"
+                entry[f"{name} {shape}"] = row[name]
+    return fields, list(found.values())
+
+
+def _clock(row: Row) -> str:
+    return f"{row['device']}, {row['clock']} seconds"
+
+
+def _table(rows: Sequence[Row], part: str) -> str:
+    """Return a table as HTML, empty where it has no rows."""
+    names, chosen = _content(rows, part)
+    if not chosen:
+        return ""
+    heads, lines = text_table(rows, part)
+    cells = [[escape(cell) for cell in line] for line in lines]
+    return table(heads, cells, text_columns=len(_TEXTS & names.keys()))
 
 
 def _charts(rows: Sequence[Row]) -> list[str]:
@@ -137,10 +219,6 @@ def _best(rows: Sequence[Row], field: str) -> list[tuple[str, int]]:
     first = [row for row in rows if row["budget"] == least and row.get(field) is not None]
     first.sort(key=lambda row: row[field], reverse=field == "exact")
     return [(row["policy"], row.get("summary_tokens", 0)) for row in first]
-
-
-def _escaped(rows: Sequence[Row], part: str) -> list[list[str]]:
-    return [[escape(cell) for cell in line] for line in text_rows(rows, part)]
 
 
 def _text(value: Any) -> str:

@@ -1,14 +1,18 @@
 """What the bench compares."""
 
+import math
 from dataclasses import dataclass
 
 from common.config import check_types, one_of, positive
 from common.errors import ConfigError
+from serve.engine.config import EngineConfig
 from serve.kv import POLICIES
 
 PARTS = ("quality", "tasks", "speed", "baseline")
 QUERIES = ("known", "late")
 """Whether a prompt is compacted after its question has been read, or already before it."""
+CONTEXTS = (1024, 8192)
+LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,21 +48,22 @@ class BenchConfig:
     Attributes:
         parts: Of ``quality`` (teacher-forced KL divergence and loss on held-out text), ``tasks``
             (exact answers to the questions of a task), ``speed`` (decoding and memory against
-            context and batch, random weights), ``baseline`` (against transformers' generate).
+            context and batch), ``baseline`` (against transformers' generate).
         policies: Names of cache policies; empty for all.
         summaries: Values of ``kv.summary_tokens`` that are compared.
-        budgets: Cache budgets, as shares of a window or of a prompt.
+        budgets: Cache budgets, as shares of a window, a prompt, or a context of the speed part.
         windows: Held-out windows of the quality part.
-        length: Their length in tokens, at most the context; None for the context.
+        length: Their length in tokens, at most the context; None for the context, at most 1024.
         examples: Questions of the tasks part.
         queries: Of ``known`` (the cache is first compacted when the whole prompt, question
-            included, has been read) and ``late`` (already while it is read).
-        contexts: Cached tokens of the speed part.
+            included, has been read; the first token of an answer is then that of the full cache)
+            and ``late`` (already while the prompt is read, before its question).
+        contexts: Cached tokens of the speed part; empty for 1024 and 8192, but not more than the
+            model's context.
         batches: Requests at the same time, for speed and baseline.
-        share: Budget of the speed part, as a share of the context.
-        steps: Decode steps per timing.
+        steps: Decode steps per timing; each has a compaction.
         rounds: Timings of each kind, interleaved.
-        model: What the speed and baseline parts run.
+        model: Random weights for speed and baseline, where no other model is given.
 
     Raises:
         ConfigError: for an impossible value.
@@ -72,9 +77,8 @@ class BenchConfig:
     length: int | None = None
     examples: int = 100
     queries: tuple[str, ...] = QUERIES
-    contexts: tuple[int, ...] = (1024, 8192)
+    contexts: tuple[int, ...] = ()
     batches: tuple[int, ...] = (1, 16)
-    share: float = 0.125
     steps: int = 16
     rounds: int = 5
     model: SpeedModel = SpeedModel()
@@ -91,28 +95,58 @@ class BenchConfig:
                 positive(f"bench.{name}", value)
         for value in self.summaries:
             positive("bench.summaries", value, zero=True)
-        for share in (*self.budgets, self.share):
+        for share in self.budgets:
             if not 0 < share < 1:
                 raise ConfigError(
-                    f"bench: a budget of {share} of the tokens: expected a share between 0 and 1, "
-                    "such as 0.25; correct bench.budgets or bench.share"
+                    f"bench.budgets={list(self.budgets)}: expected shares between 0 and 1, such as "
+                    "0.25; correct it"
                 )
-        if not self.parts:
-            raise ConfigError(f"bench.parts=[]: expected at least one of {', '.join(PARTS)}")
-        for context in self.contexts:
-            if "speed" in self.parts and context <= self.decoded:
-                raise ConfigError(
-                    f"bench.contexts={list(self.contexts)}: expected more than the {self.decoded} "
-                    "tokens that are decoded; raise them, or lower bench.steps or bench.rounds"
-                )
+        for name in ("parts", "batches", "budgets", "summaries"):
+            if not getattr(self, name):
+                raise ConfigError(f"bench.{name}=[]: expected at least one value; add it")
+        self.shapes()
 
-    @property
-    def decoded(self) -> int:
-        """Tokens that each request of the speed part decodes, the warm-up included."""
-        return self.steps * (self.rounds + 1) + 2
+    def shapes(self, limit: int | None = None) -> list[tuple[int, int]]:
+        """Return contexts and batches of the speed part; none where it is not asked for.
+
+        Args:
+            limit: The model's context.
+
+        Raises:
+            ConfigError: for a context beyond the model's, or one too short to be measured.
+        """
+        if "speed" not in self.parts:
+            return []
+        longest = limit or max(CONTEXTS + self.contexts)
+        contexts = self.contexts or sorted({min(context, longest) for context in CONTEXTS})
+        if max(contexts) > longest:
+            raise ConfigError(
+                f"bench.contexts={list(contexts)}: expected at most the model's context of "
+                f"{longest}; lower them"
+            )
+        shapes = [(context, batch) for context in contexts for batch in self.batches]
+        for context, batch in shapes:
+            decoded = self.decoded(context, batch)
+            least = math.floor(decoded / (1 - max(self.budgets))) + 1
+            if context < least:
+                raise ConfigError(
+                    f"bench.contexts={list(contexts)}: expected at least {least} tokens, of which "
+                    f"{decoded} are decoded at batch {batch}; raise them, or lower bench.steps, "
+                    "bench.rounds, bench.batches or bench.budgets"
+                )
+        return shapes
+
+    def decoded(self, context: int, batch: int) -> int:
+        """Return how many tokens a request of the speed part may decode, the warm-up included."""
+        return self.steps * (self.rounds + 1) + 2 + overlap(context, batch)
 
     @property
     def compressing(self) -> list[str]:
         """Names of the policies that are compared with the full cache."""
         names = self.policies or sorted(POLICIES)
         return [name for name in names if name != "full"]
+
+
+def overlap(context: int, batch: int) -> int:
+    """Return the steps in which the first request may decode while others' prompts are read."""
+    return -(-context * batch // EngineConfig().max_num_batched_tokens) + 1
