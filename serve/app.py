@@ -46,7 +46,8 @@ def generate(cfg: DictConfig, run: Run) -> Outcome:
         cfg: Keys ``bundle``, ``kv_stats``, ``data``, ``kv``, ``sampling``, ``engine``,
             ``generate``, ``logger``, ``device``.
         run: Where to write ``samples.json`` (texts; per new token of the compressed cache the
-            certified deviation and whether it is proved) and ``kv_frontier.json``.
+            certified deviation and whether it is proved; what ``sampling`` asks for beside) and
+            ``kv_frontier.json``.
 
     Returns:
         The ``serve/*`` metrics, measured on held-out text; artifacts ``samples`` and
@@ -152,13 +153,19 @@ def _timed(
 
 
 def _sample(prompt: str, full: RequestOutput, compressed: RequestOutput) -> dict[str, Any]:
-    return {
+    sample = {
         "prompt": prompt,
         "full": full.text,
         "compressed": compressed.text,
         "certified_deviation": compressed.certified_deviation,
         "certified_top1": compressed.certified_top1,
     }
+    asked = {
+        "choices": [choice.text for choice in compressed.outputs[1:]],
+        "logprobs": compressed.logprobs,
+        "prompt_logprobs": compressed.prompt_logprobs,
+    }
+    return sample | {name: value for name, value in asked.items() if value}
 
 
 def _compare(

@@ -73,12 +73,17 @@ def test_generate_continues_given_prompts_without_a_corpus(lipllm: Callable, bun
     assert not Path(".cache").exists()
 
 
-def test_generate_takes_a_bias_of_logits(lipllm: Callable, bundle: Path) -> None:
-    """Oracle: a bias beyond all logits leaves one token to choose."""
+def test_generate_stores_what_sampling_asks_for(lipllm: Callable, bundle: Path) -> None:
+    """Oracle: a bias beyond all logits leaves one token; a row per token, itself first."""
     options = (*QUICK, "generate.eval_windows=0", "generate.prompts=[def]")
-    done = lipllm("generate", f"bundle={bundle}", *options, "sampling.logit_bias={97: 100}")
+    more = ("sampling.n=2", "sampling.logprobs=1", "sampling.prompt_logprobs=0")
+    done = lipllm("generate", f"bundle={bundle}", *options, *more, "sampling.logit_bias={97: 100}")
     assert done.status == 0, done.err
     assert "--- full cache\naaaaaaaaaaaa\n" in done.out
+    (sample,) = json.loads(next(Path("runs").rglob("samples.json")).read_text())
+    assert sample["choices"] == ["a" * 12]
+    assert [next(iter(row)) for row in sample["logprobs"]] == ["97"] * 12
+    assert [list(row) for row in sample["prompt_logprobs"]] == [["101"], ["102"]]
 
 
 def test_generate_says_why_a_character_model_is_not_compared(
