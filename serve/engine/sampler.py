@@ -214,9 +214,11 @@ def _filter(p_RV: Tensor, params: Rows[SamplingParams], width: int) -> Tensor:
     reached_R1 = torch.where(top_p_R1 < 1, top_p_R1 * total_R1, torch.inf)
     is_in_RK &= sum_RK - sorted_RK < reached_R1
     kept_RV = _largest(p_RV, sorted_RK, is_in_RK.sum(dim=1, keepdim=True))
-    open_R = is_in_RK[:, -1] & (top_k_R1[:, 0] > width)
-    if width < vocab and bool(open_R.any()):
-        rows = open_R.nonzero()[:, 0].tolist()
+    rows: list[int] = []
+    if width < vocab and not all(p.top_k for p in params):
+        is_open = is_in_RK[:, -1].tolist()
+        rows = [row for row, p in enumerate(params) if is_open[row] and not p.top_k]
+    if rows:
         kept_RV[rows] = _filter(p_RV[rows], [params[row] for row in rows], vocab)
     return kept_RV / kept_RV.sum(dim=1, keepdim=True)
 

@@ -35,6 +35,7 @@ class RowObserver(Observer):
         self.state: dict[int, Tensors] = {}
         self.rows = 0
         self._free: list[int] = []
+        self._indexed: tuple[Sequence[int], Tensor] | None = None
 
     @abstractmethod
     def empty(self, spec: LayerSpec, rows: int) -> Tensors:
@@ -75,8 +76,11 @@ class RowObserver(Observer):
                 yield layer, slice(number * count, (number + 1) * count)
 
     def index(self, rows: Sequence[int]) -> Tensor:
-        """Return rows as an index tensor."""
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+        """Return rows as an index tensor; all layers of a step ask for the same."""
+        if self._indexed is None or self._indexed[0] != list(rows):
+            index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            self._indexed = list(rows), index
+        return self._indexed[1]
 
     def _grow(self) -> None:
         extra = max(self.rows, FIRST_ROWS)
