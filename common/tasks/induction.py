@@ -1,6 +1,5 @@
 """Induction: in a random sequence a piece comes again; what followed it must follow again."""
 
-import math
 import random
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +8,6 @@ from common.config import positive, within
 from common.errors import ConfigError
 from common.tasks.base import Example, Task, matching_share, written
 
-MOST = 0.99
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -18,25 +16,25 @@ class Induction(Task):
     """Random symbols that end with the cue of an earlier piece; the answer is the piece's rest.
 
     Attributes:
-        length: Characters of an example's prompt; of a document, before pieces come again.
+        length: Characters of an example's prompt; a document has twice as many.
         piece: Characters of a piece that comes again.
         cue: How many of them an example shows; the rest is the answer.
         symbols: Number of different symbols, up to 26.
-        repeats: Share of a document that repeats pieces, below 1.
+        repeats: Share of a document that repeats pieces of what stands before.
     """
 
     length: int = 60
     piece: int = 8
     cue: int = 3
     symbols: int = 26
-    repeats: float = 0.5
+    repeats: float = 0.75
     name: ClassVar[str] = "induction"
 
     def __post_init__(self) -> None:
         # The two-argument form: slots make a new class, which super() without them misses.
         super(Induction, self).__post_init__()
         within("task.symbols", self.symbols, 2, len(SYMBOLS))
-        within("task.repeats", self.repeats, 0.0, MOST)
+        within("task.repeats", self.repeats, 0.0, 1.0)
         positive("task.cue", self.cue)
         if self.piece <= self.cue:
             raise ConfigError(
@@ -55,17 +53,20 @@ class Induction(Task):
             )
 
     def document(self, index: int) -> str:
-        """Return random symbols, then pieces of them from anywhere.
+        """Return random symbols, in which pieces from anywhere before come again anywhere.
 
-        Pieces are not aligned, or a model could copy by distance alone; they come after all
-        symbols, or long distances would be rare.
+        Were pieces aligned, a model could copy by distance alone. A document is twice as long as a
+        prompt, so that distances as long as the prompt are common.
         """
         generator = self.generator("document", index)
-        text = self._random(generator, self.length)
-        starts = range(self.length - self.piece + 1)
-        pieces = math.ceil(self.length * self.repeats / (1 - self.repeats) / self.piece)
-        again = [text[start : start + self.piece] for start in generator.choices(starts, k=pieces)]
-        return text + "".join(again) + self.end
+        text = self._random(generator, self.piece)
+        while len(text) < 2 * self.length:
+            if generator.random() < self.repeats:
+                start = generator.randint(0, len(text) - self.piece)
+                text += text[start : start + self.piece]
+            else:
+                text += self._random(generator, generator.randint(1, 2 * self.piece - 1))
+        return text[: 2 * self.length] + self.end
 
     def example(self, index: int) -> Example:
         """Return a prompt of ``length`` characters whose last ``cue`` stand there only once before.
