@@ -10,7 +10,7 @@ from common.sources import Files
 from common.tasks.base import Task
 
 # Part of the file's name: to be raised when a generator changes what it writes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def training_text(task: Task, size: int) -> str:
