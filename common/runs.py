@@ -107,10 +107,12 @@ class _SharedKeys:
 
 
 def _before_the_job(error: Exception) -> ConfigError:
-    if isinstance(error, OSError):
-        place = error.filename or "output"
+    # A log file that cannot be opened arrives as a ValueError about its handler.
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError):
+        place = cause.filename or "output"
         return ConfigError(
-            f"{place}: cannot write a run directory ({error.strerror}): choose "
+            f"{place}: cannot write a run directory ({cause.strerror}): choose "
             "another with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
         )
     return ConfigError(f"the overrides cannot be applied: {error}; correct them")

@@ -166,6 +166,14 @@ def test_unwritable_folder_is_one_line(doctor: Callable[..., Any]) -> None:
     assert "cannot write a run directory" in done.err
 
 
+def test_unwritable_log_is_one_line(doctor: Callable[..., Any]) -> None:
+    """Oracle: a folder in the place of the log file stops every user, root included."""
+    Path("here/doctor.log").mkdir(parents=True)
+    done = doctor(_fine, "hydra.run.dir=here")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "doctor.log: cannot write a run directory" in done.err
+
+
 def test_full_disk_is_one_line(doctor: Callable[..., Any]) -> None:
     """Oracle: the device that is always full."""
 
