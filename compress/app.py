@@ -3,27 +3,24 @@
 # Legend: N calibration inputs, B sequences, T tokens.
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
 
 from common.bundle import Bundle, load_bundle
-from common.bundle_format import WEIGHTS
 from common.checkpoints import is_checkpoint
 from common.config import build
 from common.corpus import Corpus, prepare_corpus
 from common.device import resolve_device
-from common.files import write_json
 from common.runs import Outcome, Run, hydra_command
 from compress.adapters import adapter_for
 from compress.checkpoint_app import compress_checkpoint
 from compress.classifier_app import compress_classifier
-from compress.frontier import frontier_point, frontier_points, speeds
+from compress.frontier import frontier_point, frontier_points, speeds, write_frontier
 from compress.measure import Reference
 from compress.pruner import Survey, survey
-from compress.record import PruneReport, check_model, prune, require_certificate
+from compress.record import PruneReport, check_model, prune, require_certificate, weight_bytes
 from compress.settings import CompressConfig
 from compress.statistics.calibration import calibration_tokens
 from compress.timing import mlp_speedup
@@ -39,7 +36,7 @@ def compress(cfg: DictConfig, run: Run) -> Outcome:
         run: Where to write.
 
     Returns:
-        The ``compress/*`` metrics; artifacts ``bundle`` and ``frontier``, or ``checkpoint``. The
+        The ``compress/*`` metrics; artifacts ``bundle`` or ``checkpoint``, and ``frontier``. The
         objective of sweeps is the pruned model's bits per byte (of a classifier, its errors).
 
     Raises:
@@ -72,7 +69,7 @@ def texts(corpus: Corpus, bundle: Bundle, settings: CompressConfig) -> tuple[Ten
 def _compress_transformer(
     cfg: DictConfig, settings: CompressConfig, bundle: Bundle, run: Run
 ) -> Outcome:
-    check_model(bundle.config, settings)
+    check_model(bundle.model, settings)
     corpus = prepare_corpus(build(cfg.data), bundle.tokenizer)
     tokens_NT, windows_BT = texts(corpus, bundle, settings)
     found = _survey(bundle, tokens_NT, settings)
@@ -99,7 +96,7 @@ def _compress_transformer(
     if found is not None:
         pair = (tokens_NT, windows_BT)
         points += frontier_points(bundle.model, bundle.certificate, found, pair, reference, report)
-    write_json(frontier, sorted(points, key=lambda point: -point["keep"]))
+    write_frontier(frontier, points)
     return Outcome(
         metrics=metrics,
         artifacts={"bundle": pruned.path, "frontier": frontier},
@@ -126,7 +123,7 @@ def _metrics(dense: Bundle, pruned: Bundle, report: PruneReport) -> dict[str, fl
         "compress/params": model.num_parameters,
         "compress/params_before": dense.model.num_parameters,
         "compress/flops_fraction": flops["after"] / flops["before"],
-        "compress/bundle_bytes": _weight_bytes(pruned.path) / _weight_bytes(dense.path),
+        "compress/bundle_bytes": weight_bytes(pruned, dense),
         "compress/mlp_speedup": mlp_speedup(dense.model, model, rounds=rounds),
         **{f"compress/{name}": ratio for name, ratio in times.items()},
         "compress/fidelity": report.pruning.fidelity,
@@ -139,10 +136,6 @@ def _metrics(dense: Bundle, pruned: Bundle, report: PruneReport) -> dict[str, fl
         "compress/naive": report.after.naive,
         "compress/tightened": report.after.tightened,
     }
-
-
-def _weight_bytes(path: Path) -> int:
-    return (path / WEIGHTS).stat().st_size
 
 
 main = hydra_command("compress", compress)

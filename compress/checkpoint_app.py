@@ -16,9 +16,12 @@ from common.errors import ConfigError
 from common.files import plain
 from common.pretrained import load_tokenizer
 from common.runs import Outcome, Run
+from compress.adapters import adapter_for
 from compress.checkpoints.checkpoint import load_hf, save_hf
+from compress.frontier import metrics_point, prunings, write_frontier
 from compress.measure import Reference
 from compress.pruner import Pruning, prune_model
+from compress.record import check_model
 from compress.report import FORMAT_VERSION
 from compress.settings import CompressConfig
 from compress.statistics.calibration import calibration_tokens
@@ -41,28 +44,31 @@ def compress_checkpoint(cfg: DictConfig, settings: CompressConfig, run: Run) -> 
         run: Where to write: ``checkpoint/``.
 
     Returns:
-        The ``compress/*`` metrics that can be measured, and the artifact ``checkpoint``. With a
-        tokenizer in the folder the objective is the pruned model's bits per byte, else its
+        The ``compress/*`` metrics that can be measured; artifacts ``checkpoint`` and ``frontier``.
+        With a tokenizer in the folder the objective is the pruned model's bits per byte, else its
         reconstruction error.
 
     Raises:
         LipError: for anything the user can correct.
     """
     dense = load_hf(cfg.bundle, device=str(resolve_device(cfg.device)))
+    check_model(dense, settings)
     corpus = _corpus(cfg, settings)
     length = settings.length or min(LENGTH, dense.config.max_position_embeddings)
     count = max(1, settings.tokens // length)
     tokens_NT = calibration_tokens(
         settings.calibration, dense, count, length, seed=settings.seed, corpus=corpus
     )
-    pruning = prune_model(dense, tokens_NT, settings)
-    metrics = _metrics(dense, pruning, tokens_NT, settings)
-    objective = 1 - metrics["compress/fidelity"]
+    reference = None
     if corpus is not None:
         windows_BT = corpus.windows("val", length, max(1, settings.eval_tokens // length))
-        measured = _quality(dense, pruning.model, windows_BT, corpus.bytes_per_token)
-        metrics |= measured
-        objective = measured["compress/val_bits_per_byte"]
+        reference = Reference(dense, windows_BT, corpus.bytes_per_token)
+    pruning = prune_model(dense, tokens_NT, settings)
+    metrics = _metrics(dense, pruning, tokens_NT, settings) | _quality(reference, pruning.model)
+    if reference is not None:
+        before = reference.quality(dense).bits_per_byte
+        metrics["compress/val_bits_per_byte_before"] = before
+    objective = metrics.get("compress/val_bits_per_byte", 1 - metrics["compress/fidelity"])
     folder = run.directory / "checkpoint"
     save_hf(
         pruning.model,
@@ -70,7 +76,18 @@ def compress_checkpoint(cfg: DictConfig, settings: CompressConfig, run: Run) -> 
         parent=cfg.bundle,
         compression=_record(settings, pruning, metrics),
     )
-    return Outcome(metrics=metrics, artifacts={"checkpoint": folder}, objective=objective)
+    points = [metrics_point(settings, metrics)]
+    del pruning  # further ones need its memory
+    for other, pruning in prunings(dense, tokens_NT, settings, order=settings.order):
+        found = _metrics(dense, pruning, tokens_NT, other) | _quality(reference, pruning.model)
+        points.append(metrics_point(other, found))
+    frontier = run.directory / "frontier.json"
+    write_frontier(frontier, points)
+    return Outcome(
+        metrics=metrics,
+        artifacts={"checkpoint": folder, "frontier": frontier},
+        objective=objective,
+    )
 
 
 def _corpus(cfg: DictConfig, settings: CompressConfig) -> Corpus | None:
@@ -94,6 +111,7 @@ def _record(
     return {
         "format_version": FORMAT_VERSION,
         "settings": plain(settings),
+        "tau": plain(pruning.tau),
         "measured": metrics,
         "certified_deviation": None,
         "layers": [fit.to_dict() for fit in pruning.fits],
@@ -110,6 +128,7 @@ def _metrics(
         device=dense.device,
         rounds=settings.rounds,
     )
+    operations = [adapter_for(model).flops(batch_BT) for model in (dense, pruning.model)]
     before, after = (
         sum(tensor.numel() for tensor in model.parameters()) for model in (dense, pruning.model)
     )
@@ -119,19 +138,19 @@ def _metrics(
         "compress/heads_removed": pruning.removed("heads"),
         "compress/params": after,
         "compress/params_before": before,
+        "compress/flops_fraction": operations[1] / operations[0],
         "compress/fidelity": pruning.fidelity,
         "compress/forward_speedup": speed.ratio,
     }
 
 
-def _quality(
-    dense: Any, pruned: Any, windows_BT: Tensor, bytes_per_token: float
-) -> dict[str, float]:
-    reference = Reference(dense, windows_BT, bytes_per_token)
+def _quality(reference: Reference | None, pruned: Any) -> dict[str, float]:
+    """Return what is measured on text; nothing where there is none."""
+    if reference is None:
+        return {}
     quality = reference.quality(pruned)
     return {
         "compress/val_bits_per_byte": quality.bits_per_byte,
-        "compress/val_bits_per_byte_before": reference.quality(dense).bits_per_byte,
         "compress/kl_nats": quality.kl_nats,
         "compress/top1_agreement": quality.top1_agreement,
         "compress/measured_deviation": quality.deviation,

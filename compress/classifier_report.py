@@ -93,6 +93,7 @@ class ClassifierReport:
             "mlp_neurons_removed": self.pruning.removed("mlp"),
             "params": self.params[1],
             "params_before": self.params[0],
+            "flops_fraction": self.flops[1] / self.flops[0],
             "fidelity": self.pruning.fidelity,
             "val_accuracy": self.seen.accuracy,
             "val_accuracy_before": self.seen.accuracy_before,
@@ -115,6 +116,7 @@ class ClassifierReport:
         content = {
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
+            "tau": self.pruning.tau,
             **{name: getattr(self, name) for name in names},
             "top1_agreement": self.seen.top1_agreement,
             "accuracy": {"before": self.seen.accuracy_before, "after": self.seen.accuracy},

@@ -29,6 +29,7 @@ class Fit:
         error: Relative mean squared error on the calibration inputs, ``1 - fidelity``; at most
             this where ``hold`` made the weights smaller.
         held_error: The same on held-out calibration inputs.
+        rows: Calibration rows that it was fitted on.
     """
 
     target: Target
@@ -37,6 +38,7 @@ class Fit:
     bias_O: Tensor | None
     error: float
     held_error: float
+    rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a record of the pruning says about this place."""
@@ -96,6 +98,7 @@ def fit_target(
         held_error=_relative_error(
             make_problem(adapter, target, held, settings), kept_K, weight_IO
         ),
+        rows=fitted.count,
     )
 
 

@@ -1,20 +1,28 @@
-"""Sparsity against quality, proof and speed: further budgets, one-shot, for the report."""
+"""Sparsity against quality, proof and speed: further budgets for the report."""
 
 # Legend: B sequences, T tokens.
 
 import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from common.certificate import Certificate
+from common.errors import ConfigError
+from common.files import write_json
 from compress.adapters import adapter_for
 from compress.hold import certified_limit
 from compress.measure import Quality, Reference
-from compress.pruner import Survey, prune_model
+from compress.pruner import Pruning, Survey, prune_model
 from compress.record import make_report
 from compress.report import PruneReport
+from compress.settings import CompressConfig
 from compress.timing import decode_speed, forward_speed
+
+log = logging.getLogger(__name__)
 
 
 def frontier_points(
@@ -36,19 +44,67 @@ def frontier_points(
         report: Of the main run; its settings apply but for ``keep`` and ``order``.
 
     Returns:
-        One record per budget; the main run's own budget is left out.
+        One record per budget within reach; the main run's own budget is left out.
     """
     tokens_BT, windows_BT = texts
     points = []
     gains = adapter_for(dense).amplifications(certificate)
     limit = certified_limit(dense, certificate, report.settings.hold)
-    for keep in sorted(set(report.settings.frontier) - {report.settings.keep}, reverse=True):
-        settings = dataclasses.replace(report.settings, keep=keep, order="one_shot")
-        pruning = prune_model(dense, tokens_BT, settings, gains=gains, found=found, limit=limit)
+    how = {"gains": gains, "found": found, "limit": limit}
+    for settings, pruning in prunings(dense, tokens_BT, report.settings, order="one_shot", **how):
         other = make_report(dense, certificate, pruning, windows_BT[:, :-1], settings)
         quality = reference.quality(pruning.model)
         points.append(frontier_point(other, quality, speeds(dense, pruning.model, settings.rounds)))
     return points
+
+
+def prunings(
+    dense: Any, inputs: Tensor, settings: CompressConfig, *, order: str, **how: Any
+) -> Iterator[tuple[CompressConfig, Pruning]]:
+    """Prune at every other budget of the frontier, the largest first.
+
+    Args:
+        dense: Model before pruning.
+        inputs: Calibration inputs.
+        settings: Of the main run; they apply but for ``keep`` and ``order``.
+        order: Of the further ones.
+        how: ``gains``, ``found`` and ``limit`` of ``prune_model``.
+
+    Yields:
+        Settings and result; a budget out of reach is left out, and the log says so.
+    """
+    for keep in sorted(set(settings.frontier) - {settings.keep}, reverse=True):
+        other = dataclasses.replace(settings, keep=keep, order=order)
+        log.info("frontier: keep %g", keep)
+        try:
+            pruning = prune_model(dense, inputs, other, **how)
+        except ConfigError as error:
+            log.warning("compress.frontier: %g left out: %s", keep, error)
+            continue
+        yield other, pruning
+
+
+def metrics_point(settings: CompressConfig, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Return the record of one pruned model of which only its metrics are known.
+
+    Args:
+        settings: Of its pruning.
+        metrics: ``compress/*``, with the parameters before and after.
+    """
+    found = {name.removeprefix("compress/"): value for name, value in metrics.items()}
+    names = {"tightened": "cert_tightened", "naive": "cert_naive"}
+    return {
+        "keep": settings.keep,
+        "keep_heads": settings.keep_heads,
+        "order": settings.order,
+        "params_fraction": found["params"] / found["params_before"],
+        **{names.get(name, name): value for name, value in found.items()},
+    }
+
+
+def write_frontier(path: Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """Write the records, the largest budget first."""
+    write_json(path, sorted(points, key=lambda point: -point["keep"]))
 
 
 def frontier_point(

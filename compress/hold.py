@@ -21,7 +21,7 @@ from solvers.bounds import certify
 
 log = logging.getLogger(__name__)
 
-SHRINKS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+SHRINKS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Fractions by which refitted weights are made smaller, until one is enough."""
 WORTH = 1.02
 """Least factor between the dense bound and the pruned one that is worth more fits."""
@@ -36,11 +36,22 @@ class Limit(NamedTuple):
 
     Attributes:
         most: Its value for the dense model.
-        of: From a ``Pruning`` to its value for the pruned model.
+        prove: From a ``Pruning`` to a certificate of the pruned model.
+        number: Which number of the certificate it is.
     """
 
     most: float
-    of: Callable[[Any], float]
+    prove: Callable[[Any], Any]
+    number: str = "naive"
+
+    def proved(self, pruning: Any) -> Any:
+        """Return the pruning together with the proof of its model."""
+        return dataclasses.replace(pruning, proof=self.prove(pruning))
+
+    def of(self, pruning: Any) -> float:
+        """Return the value for a pruned model, from its proof if there is one."""
+        proof = pruning.proof or self.prove(pruning)
+        return float(getattr(proof, self.number))
 
     def allows(self, pruning: Any) -> bool:
         """Return whether a pruned model stays within."""
@@ -50,7 +61,7 @@ class Limit(NamedTuple):
 def naive_limit(dense: Any) -> Limit:
     """Return the limit by the bound from norms of a certifiable model."""
     most = certify(dense, tighten=False).naive
-    return Limit(most, lambda pruning: certify(pruning.model, tighten=False).naive)
+    return Limit(most, lambda pruning: certify(pruning.model, tighten=False))
 
 
 def certified_limit(dense: Any, certificate: Certificate, hold: str = "tightened") -> Limit:
@@ -65,10 +76,10 @@ def certified_limit(dense: Any, certificate: Certificate, hold: str = "tightened
     if hold == "naive" or not certificate.multipliers:
         return naive_limit(dense)
 
-    def tightened(pruning: Any) -> float:
-        return recertify(dense, pruning.model, pruning.kept, certificate).tightened
+    def prove(pruning: Any) -> Certificate:
+        return recertify(dense, pruning.model, pruning.kept, certificate)
 
-    return Limit(certificate.tightened, tightened)
+    return Limit(certificate.tightened, prove, "tightened")
 
 
 def fit_within(prune_at: Callable[[float], Any], limit: Limit) -> Any:
@@ -80,16 +91,20 @@ def fit_within(prune_at: Callable[[float], Any], limit: Limit) -> Any:
 
     Returns:
         The pruning without caps where the bound allows it, or nothing was removed; else with the
-        highest caps that it allows; at ``tau = 1``, held, where none of a few does.
+        highest caps that it allows; at ``tau = 1``, held, where none of a few does. With its proof,
+        unless nothing was removed.
 
     Source:
         Own derivation: the certificate is a product over blocks, so blocks may share its slack.
     """
     free = prune_at(math.inf)
     is_smaller = any(len(fit.kept_K) < fit.target.inputs for fit in free.fits)
-    if not is_smaller or limit.allows(free):
+    if not is_smaller:
         return free
-    best = prune_at(1.0)
+    free = _tried(free, limit)
+    if limit.allows(free):
+        return free
+    best = _tried(prune_at(1.0), limit)
     found = limit.of(best)
     if limit.most < found <= NEAR * limit.most:
         return hold_bound(best, limit)
@@ -99,15 +114,25 @@ def fit_within(prune_at: Callable[[float], Any], limit: Limit) -> Any:
     chosen = None
     for _ in range(HALVINGS):
         middle = math.sqrt(low * high)
-        candidate = prune_at(middle)
+        candidate = _tried(prune_at(middle), limit)
         if limit.allows(candidate):
             low, chosen = middle, candidate
         else:
             high = middle
-    if chosen is None:
-        return hold_bound(best, limit)
-    log.info("caps at %.3g times the blocks' norms: the whole certificate decides", low)
-    return chosen
+    return hold_bound(best, limit) if chosen is None else chosen
+
+
+def _tried(pruning: Any, limit: Limit) -> Any:
+    """Prove a candidate of the search, and say so in a line."""
+    proved = limit.proved(pruning)
+    log.info(
+        "caps at %.3g times the blocks' norms: %s bound %.6g, at most %.6g",
+        pruning.tau,
+        limit.number,
+        limit.of(proved),
+        limit.most,
+    )
+    return proved
 
 
 def hold_bound(pruning: Any, limit: Limit) -> Any:
@@ -121,17 +146,20 @@ def hold_bound(pruning: Any, limit: Limit) -> Any:
         The pruning with its account of the fits brought in step. With biases even the largest
         fraction may not be enough; the log then says so, and nothing is changed.
     """
+    if limit.allows(pruning):
+        return pruning
     adapter = adapter_for(pruning.model)
     names = {fit.target.name for fit in pruning.fits}
     places = [target for target in adapter.targets() if target.name in names]
     weights = {place.name: adapter.weight(place) for place in places}
     for shrink in SHRINKS:
-        for place in places if shrink else ():
+        for place in places:
             adapter.write(place, (1 - shrink) * weights[place.name])
-        if limit.allows(pruning):
+        held = limit.proved(pruning)
+        if limit.allows(held):
             dtype = next(pruning.model.parameters()).dtype
             fits = tuple(_shrunk(fit, shrink, dtype) for fit in pruning.fits)
-            return dataclasses.replace(pruning, fits=fits) if shrink else pruning
+            return dataclasses.replace(held, fits=fits)
     for place in places:
         adapter.write(place, weights[place.name])
     log.warning(

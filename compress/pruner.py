@@ -17,7 +17,7 @@ from compress.fit import Fit, fit_target, make_problem
 from compress.hold import Limit, fit_within, naive_limit
 from compress.scoring.fidelity import Ranking, rank
 from compress.settings import CompressConfig
-from compress.statistics.collect import Statistics, collect
+from compress.statistics.collect import Statistics, collect, warn_if_few
 from compress.statistics.streams import Streams
 from compress.targets import Target
 
@@ -44,10 +44,15 @@ class Pruning:
     Attributes:
         model: New model.
         fits: One per pruned place.
+        tau: Growth of each block's norms that the refit was allowed, as set or as ``hold`` found
+            it; ``inf`` without a cap, None for a refit that knows none.
+        proof: Certificate of the model where one was needed on the way, else None.
     """
 
     model: Any
     fits: tuple[Fit, ...]
+    tau: float | None = None
+    proof: Any = None
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -117,7 +122,7 @@ def chosen_targets(adapter: Adapter, settings: CompressConfig) -> tuple[Target, 
     if settings.bias and all(adapter.bias(target) is None for target in chosen):
         raise ConfigError(
             f"compress.bias=true: no pruned map of this {name} has a bias to absorb the mean; "
-            "set compress.bias=false or choose a model with biases"
+            "set compress.bias=false or choose a model with biases (model.mlp_bias=true)"
         )
     return chosen
 
@@ -206,14 +211,20 @@ def prune_model(
     targets = chosen_targets(adapter, settings)
     counts = share_budget(adapter, targets, inputs, settings, found=found, gains=gains)
 
+    comp = settings.comp_for(certifiable=adapter.certifiable)
+    is_held = adapter.certifiable and comp == "lsq_capped" and settings.tau == 1
+
     def prune_at(tau: float) -> Pruning:
         capped = dataclasses.replace(settings, tau=tau)
-        return _prune(adapter, targets, inputs, counts, capped, found)
+        return _prune(adapter, targets, inputs, counts, capped, found, is_shown=not is_held)
 
-    comp = settings.comp_for(certifiable=adapter.certifiable)
-    if adapter.certifiable and comp == "lsq_capped" and settings.tau == 1:
-        return fit_within(prune_at, limit or naive_limit(model))
-    return prune_at(settings.tau)
+    if not is_held:
+        return prune_at(settings.tau)
+    pruning: Pruning = fit_within(prune_at, limit or naive_limit(model))
+    if settings.order == "sequential":
+        for fit in pruning.fits:
+            _show(fit)
+    return pruning
 
 
 def _prune(
@@ -223,6 +234,8 @@ def _prune(
     counts: Mapping[str, int],
     settings: CompressConfig,
     found: Survey | None,
+    *,
+    is_shown: bool,
 ) -> Pruning:
     """Refit and cut for counts that are decided."""
     copy = adapter.working_copy()
@@ -231,9 +244,10 @@ def _prune(
         fits = _fit_at_once(copy, targets, found, counts, settings)
         _recalibrate(copy, inputs, settings)
     else:
-        fits = _fit_in_order(copy, targets, inputs, counts, settings)
+        fits = _fit_in_order(copy, targets, inputs, counts, settings, is_shown=is_shown)
     pruned = copy.cut({fit.target.name: fit.kept_K for fit in fits})
-    return Pruning(model=pruned, fits=tuple(fits))
+    is_capped = settings.comp_for(certifiable=adapter.certifiable) == "lsq_capped"
+    return Pruning(model=pruned, fits=tuple(fits), tau=settings.tau if is_capped else None)
 
 
 def _fit_at_once(
@@ -276,6 +290,8 @@ def _fit_in_order(
     inputs: Tensor,
     counts: Mapping[str, int],
     settings: CompressConfig,
+    *,
+    is_shown: bool,
 ) -> list[Fit]:
     """Fit each place on activations that the already pruned places before it produce."""
     streams = Streams(copy, inputs, settings.holdout)
@@ -290,16 +306,22 @@ def _fit_in_order(
             fit = fit_target(copy, target, *moments, counts[name], settings)
             copy.write(target, fit.weight_IO, fit.bias_O)
             fits.append(fit)
-            log.info(
-                "%s: kept %d of %d components, relative error %.2e (held out %.2e)",
-                name,
-                counts[name],
-                target.components,
-                fit.error,
-                fit.held_error,
-            )
+            if is_shown:
+                _show(fit)
         copy.recalibrate(stage, streams.fitted)
         if len(fits) == len(targets):
             break
         streams.advance(stage)
     return fits
+
+
+def _show(fit: Fit) -> None:
+    warn_if_few(fit.rows, fit.target)
+    log.info(
+        "%s: kept %d of %d components, relative error %.2e (held out %.2e)",
+        fit.target.name,
+        len(fit.kept_K) // fit.target.unit,
+        fit.target.components,
+        fit.error,
+        fit.held_error,
+    )

@@ -2,7 +2,6 @@
 
 # Legend: N sequences or images, B sequences, T tokens.
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from common.bundle import Bundle, save_bundle
+from common.bundle_format import WEIGHTS
 from common.certificate import Certificate
-from common.errors import CertificateError, ConfigError, DataError
+from common.errors import CertificateError
 from common.images import Images
 from compress.adapters import adapter_for
 from compress.classifier_report import ClassifierReport, classifier_report
@@ -25,10 +25,11 @@ from compress.deviation.text import (
     text_bounds,
 )
 from compress.hold import certified_limit
-from compress.pruner import Pruning, Survey, prune_model
+from compress.pruner import Pruning, Survey, chosen_targets, prune_model
 from compress.report import PruneReport as PruneReport
 from compress.report import sizes
 from compress.settings import CompressConfig
+from compress.statistics.calibration import require_room
 
 
 def prune(
@@ -91,7 +92,6 @@ def _prune_transformer(
     effort: Mapping[str, Any],
 ) -> PruneReport:
     certificate = require_certificate(bundle)
-    check_model(bundle.config, settings)
     gains = adapter_for(bundle.model).amplifications(certificate)
     limit = certified_limit(bundle.model, certificate, settings.hold)
     pruning = prune_model(bundle.model, tokens_BT, settings, gains=gains, found=found, limit=limit)
@@ -139,17 +139,18 @@ def make_report(
         pruning: The result.
         held_BT: Text for the measurements.
         settings: What was asked for.
-        max_evals: Eigen-decompositions per search of multipliers; 0 searches nothing.
+        max_evals: Eigen-decompositions per search of multipliers; 0 searches nothing. A proof that
+            the pruning brings along is taken as it is.
         tighten: False certifies the pruned model from norms alone, for many models in a row.
 
     Raises:
         CertificateError: if a measurement exceeds its bound, which would refute the proof.
     """
     model, kept = pruning.model, pruning.kept
-    began = time.perf_counter()
     evals = max(max_evals, EVALS) if max_evals else 0
-    after = recertify(dense, model, kept, certificate, max_evals=evals, tighten=tighten)
-    seconds = time.perf_counter() - began
+    after = recertify(
+        dense, model, kept, certificate, max_evals=evals, tighten=tighten, known=pruning.proof
+    )
     deviation = certified_deviation(
         dense, model, kept, certificate, changed_certificate=after, max_evals=max_evals
     )
@@ -163,8 +164,13 @@ def make_report(
         before=certificate,
         after=after,
         size=sizes(dense, pruning),
-        certify_s=seconds,
     )
+
+
+def weight_bytes(pruned: Bundle, dense: Bundle) -> float:
+    """Return the size of the weight file after pruning over that before."""
+    after, before = ((bundle.path / WEIGHTS).stat().st_size for bundle in (pruned, dense))
+    return after / before
 
 
 def require_certificate(bundle: Bundle) -> Any:
@@ -181,23 +187,16 @@ def require_certificate(bundle: Bundle) -> Any:
     return bundle.certificate
 
 
-def check_model(config: Any, settings: CompressConfig) -> None:
-    """Check what depends on settings and model together, before any work is done.
+def check_model(model: Any, settings: CompressConfig) -> None:
+    """Check what depends on settings and language model together, before any work is done.
 
     Raises:
-        ConfigError: when ``bias`` is asked of a model without biases.
-        DataError: when calibration sequences would be longer than the context.
+        ConfigError: when ``bias`` is asked of a model without biases, or calibration sequences
+            would be longer than the context.
     """
-    if settings.bias and not all(config.mlp_bias):
-        raise ConfigError(
-            "compress.bias=true: the model's MLPs have no bias to absorb the mean; "
-            "set compress.bias=false or train with model.mlp_bias=true"
-        )
-    if settings.length is not None and settings.length > config.context:
-        raise DataError(
-            f"compress.length={settings.length}: expected at most the model's context of "
-            f"{config.context}; lower it"
-        )
+    chosen_targets(adapter_for(model), settings)
+    if settings.length is not None:
+        require_room(model, settings.length)
 
 
 def _check_changes(measured: Measured, deviation: Deviation) -> None:

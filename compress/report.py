@@ -38,7 +38,6 @@ class PruneReport:
         after: Certificate of the pruned model, proved anew.
         size: Parameters and operations per token, of the pruned places and of the whole model,
             each before and after.
-        certify_s: Seconds that ``after`` took; not written down, so that records are repeatable.
     """
 
     settings: CompressConfig
@@ -48,7 +47,6 @@ class PruneReport:
     before: Certificate
     after: Certificate
     size: dict[str, dict[str, dict[str, float]]]
-    certify_s: float
 
     @property
     def removed_fraction(self) -> float:
@@ -110,6 +108,7 @@ class PruneReport:
         content = {
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
+            "tau": self.pruning.tau,
             **{name: getattr(self, name) for name in names},
             "size": self.size,
             "certificate": {

@@ -53,8 +53,8 @@ class CompressConfig:
         holdout: Fraction of the calibration sequences that measures the error only.
         eval_tokens: Validation tokens for bits per byte and measured deviations.
         rounds: Paired timings behind each measured speed.
-        frontier: Further values of ``keep``, evaluated one-shot for the report;
-            classifiers and checkpoints have none.
+        frontier: Further values of ``keep`` for the report: bundles are evaluated one-shot on one
+            survey; a checkpoint, whose survey may not fit into memory, in ``order``.
         seed: Draws the calibration sequences and the ``random`` score.
     """
 

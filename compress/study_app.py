@@ -46,7 +46,7 @@ def study(cfg: DictConfig, run: Run) -> Outcome:
     bundle = load_bundle(cfg.bundle, device=resolve_device(cfg.device))
     _check_bundle(bundle, settings)
     certificate = require_certificate(bundle)
-    check_model(bundle.config, base)
+    check_model(bundle.model, base)
     corpus = prepare_corpus(build(cfg.data), bundle.tokenizer)
     work = Study(
         bundle,

@@ -25,7 +25,7 @@ def places(record: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     names = [f"{_LETTERS.get(layer['kind'], '')}{layer['layer']}" for layer in layers]
     shares = [100 * layer["kept_components"] / layer["components"] for layer in layers]
-    kept = Series(label="components that stay", y=shares, tone="proved")
+    kept = Series(label="components that stay", y=shares, tone="second")
     letters = "A groups of heads, M neurons of the MLP, C channels, numbered by layer"
     caption = (
         f"<b>What stays</b> of each pruned place: {letters}. Counted in the model that was written."

@@ -48,7 +48,7 @@ def calibration_tokens(
     one_of("source", source, TOKEN_SOURCES)
     positive("count", count)
     positive("length", length)
-    _require_room(model, length)
+    require_room(model, length)
     if source == "model":
         return sampled_tokens(model, count, length, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -81,7 +81,7 @@ def sampled_tokens(model: Any, count: int, length: int, seed: int = 0) -> Tensor
         Sampling from the dense model: arXiv 2511.19566 ("distributional access"); the first token
         of models that have none of their own is this project's choice.
     """
-    _require_room(model, length)
+    require_room(model, length)
     generator = torch.Generator().manual_seed(seed)
     # One number for the discarded token, then one per token.
     noise_NT = torch.rand(count, length + 1, generator=generator, dtype=torch.float64)
@@ -127,6 +127,21 @@ def image_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     axes = (0, *range(2, images.dim()))
     std, mean = torch.std_mean(images.double(), dim=axes, correction=0, keepdim=True)
     return mean[0].float(), std[0].float()
+
+
+def require_room(model: Any, length: int) -> None:
+    """Check that a language model can read sequences of so many tokens.
+
+    Raises:
+        ConfigError: when its context is shorter.
+    """
+    config = model.config
+    room = getattr(config, "context", None) or getattr(config, "max_position_embeddings", length)
+    if length > room:
+        raise ConfigError(
+            f"compress.length={length}: expected at most the model's context of {room} tokens; "
+            "lower it"
+        )
 
 
 def _sample(model: Any, noise_BT: Tensor) -> Tensor:
@@ -180,12 +195,3 @@ def _numbers_per_token(model: Any) -> int:
         return 2 * config.num_hidden_layers * config.hidden_size
     layers = [config.layer(index) for index in range(config.layers)]
     return sum(2 * layer.kv_heads * layer.head_dim for layer in layers)
-
-
-def _require_room(model: Any, length: int) -> None:
-    config = model.config
-    room = getattr(config, "context", None) or getattr(config, "max_position_embeddings", length)
-    if length > room:
-        raise ConfigError(
-            f"length={length}: expected at most the model's context of {room} tokens; lower it"
-        )

@@ -87,7 +87,7 @@ def collect(
     if world > 1:
         statistics.all_reduce()
     for target in targets:
-        warn_if_few(statistics.fitted[target.name], target)
+        warn_if_few(statistics.fitted[target.name].count, target)
     return statistics
 
 
@@ -123,14 +123,14 @@ def batches(inputs: Tensor) -> tuple[Tensor, ...]:
     return inputs.split(max(1, BATCH_NUMBERS // inputs[0].numel()))
 
 
-def warn_if_few(moments: Moments, target: Target) -> None:
-    """Warn when the Gram matrix of a target cannot have full rank with some reserve."""
-    if moments.count < ROWS_PER_INPUT * target.inputs:
+def warn_if_few(rows: int, target: Target) -> None:
+    """Warn when the Gram matrix of so many rows cannot have full rank with some reserve."""
+    if rows < ROWS_PER_INPUT * target.inputs:
         log.warning(
             "%s: %d calibration rows for %d inputs: the fit is unreliable below %d; "
             "calibrate with more text or images",
             target.name,
-            moments.count,
+            rows,
             target.inputs,
             ROWS_PER_INPUT * target.inputs,
         )

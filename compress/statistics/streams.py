@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.adapters import Adapter, Stage, rows_of
-from compress.statistics.collect import batches, split_held, warn_if_few
+from compress.statistics.collect import batches, split_held
 from compress.statistics.grams import Moments
 from compress.targets import Target
 
@@ -38,7 +38,6 @@ class Streams:
         With nothing held out both are the fitted part.
         """
         fitted = self._moments(self.fitted, stage, target)
-        warn_if_few(fitted, target)
         return fitted, self._moments(self.held, stage, target) if self.held else fitted
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ from compress.deviation.recertify import recertify
 from compress.flops import token_flops
 from compress.hold import certified_limit
 from compress.measure import Reference
-from compress.pruner import Survey, prune_model, survey
+from compress.pruner import Survey, chosen_targets, prune_model, share_budget, survey
 from compress.settings import CompressConfig
 from compress.statistics.collect import Statistics, collect
 from compress.study.config import KINDS, ROTATION, Case, StudyConfig
@@ -140,9 +140,9 @@ class Study:
     def _point(self, case: Case, shapes: dict[str, Any]) -> dict[str, Any]:
         """Make and measure one row; ``shapes`` holds the times of shapes already seen."""
         began = time.monotonic()
-        model, kept = self._model(case)
+        model, kept, known = self._model(case)
         quality = self._reference.quality(model)
-        proof = self._proof(model, kept)
+        proof = self._proof(model, kept, known)
         certified = None
         if kept is not None and self.settings.deviation:
             certified = certified_deviation(
@@ -167,18 +167,23 @@ class Study:
             "seconds": time.monotonic() - began,
         }
 
-    def _proof(self, model: Any, kept: dict[str, Tensor] | None) -> Certificate:
+    def _proof(
+        self, model: Any, kept: dict[str, Tensor] | None, known: Certificate | None
+    ) -> Certificate:
         """Certify a pruned model; a sliced one has no blocks in common with the dense one."""
         tighten = self.settings.tighten
         if kept is None:
             return certify(model, tighten)
-        return recertify(self.dense, model, kept, self.certificate, tighten=tighten)
+        return recertify(self.dense, model, kept, self.certificate, tighten=tighten, known=known)
 
-    def _model(self, case: Case) -> tuple[Any, dict[str, Tensor] | None]:
-        """Return the pruned model and the kept inputs; None where the stream itself is cut."""
+    def _model(self, case: Case) -> tuple[Any, dict[str, Tensor] | None, Certificate | None]:
+        """Return the pruned model, the kept inputs (None where the stream itself is cut), a proof.
+
+        The proof is that of the search for caps, where there was one.
+        """
         if case.score == ROTATION:
             width = width_for(self.dense, self._params_at(case))
-            return slice_width(self.dense, self._directions, width), None
+            return slice_width(self.dense, self._directions, width), None, None
         changes = {"score": case.score, "comp": case.comp, "order": case.order}
         settings = self._settings(case.kind, case.keep, **changes)
         found = self._survey(case.score) if case.order == "one_shot" else None
@@ -190,23 +195,26 @@ class Study:
             found=found,
             limit=self._limit,
         )
-        return pruning.model, pruning.kept
+        return pruning.model, pruning.kept, pruning.proof
 
     def _settings(self, kind: str, keep: float, **changes: Any) -> CompressConfig:
         budget = {"keep": 1.0, "keep_heads": 1.0, KINDS[kind]: keep}
         return dataclasses.replace(self.base, frontier=(), **budget, **changes)
 
     def _params_at(self, case: Case) -> int:
-        """Return the parameters that every method leaves at a budget."""
-        settings = self._settings(case.kind, case.keep, comp="none", order="one_shot")
-        pruning = prune_model(
-            self.dense,
+        """Return the parameters that every method leaves at a budget, from the counts alone."""
+        settings = self._settings(case.kind, case.keep)
+        targets = chosen_targets(self._adapter, settings)
+        counts = share_budget(
+            self._adapter,
+            targets,
             self.tokens_BT,
             settings,
-            gains=self._gains,
             found=self._survey(settings.score),
+            gains=self._gains,
         )
-        return int(pruning.model.num_parameters)
+        gone = sum((target.components - counts[target.name]) * target.params for target in targets)
+        return int(self.dense.num_parameters) - gone
 
     def _survey(self, score: str) -> Survey:
         """Return the ranking of every place by one score, down to the smallest budgets."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.errors import ConfigError
 from common.norms import spectral_norm
 from compress.adapters import Adapter, adapter_for
-from compress.statistics.collect import collect
+from compress.statistics.collect import collect, warn_if_few
 from compress.statistics.grams import Moments
 from compress.statistics.streams import Streams
 from compress.targets import Problem, Target
@@ -155,6 +155,7 @@ def _apply(
         for name in stage.targets:
             if name in named:
                 moments = tuple(stream.moments(stage, named[name])[0] for stream in streams)
+                warn_if_few(min(part.count for part in moments), named[name])
                 copy.write(named[name], change(named[name], moments))
                 log.info("%s: edited", name)
                 left.discard(name)

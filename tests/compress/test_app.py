@@ -179,7 +179,7 @@ def test_exported_prune_chooses_a_neighbouring_directory(dense, tmp_path):
         ({"keep_heads": 2.0}, ConfigError, "compress.keep_heads=2.0"),
         ({"tokens": "many"}, ConfigError, "compress.tokens='many'"),
         ({"ratio": 2}, ConfigError, "ratio"),
-        ({"length": 33}, DataError, "context of 32"),
+        ({"length": 33}, ConfigError, "compress.length=33: expected at most .* context of 32"),
         ({"keep": 0.5, "min_keep": 0.9, "align": 64}, ConfigError, "least kept numbers"),
     ],
 )

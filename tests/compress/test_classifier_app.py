@@ -1,5 +1,6 @@
 """The compress command on a small classifier of digits."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def configure(dense, tmp_path, data=DIGITS, **changes):
     node = OmegaConf.merge(OmegaConf.load(CONF), {"tokens": 20000}, changes)
     cfg = {"bundle": str(dense.path), "device": "cpu", "seed": 0, "compress": node, "data": data}
     directory = tmp_path / "run"
-    directory.mkdir()
+    directory.mkdir(parents=True)
     run = Run(command="compress", directory=directory, config={}, config_hash="")
     return OmegaConf.create(cfg), run
 
@@ -51,6 +52,32 @@ def test_a_classifier_is_pruned_under_its_certificate(dense, tmp_path, source):
     assert pruned.compression["certified_deviation"] == metrics["certified_deviation"]
     assert verify(pruned).naive <= dense.certificate.naive * (1 + 1e-6)
     assert outcome.objective == pytest.approx(1 - metrics["val_accuracy"])
+    assert metrics["flops_fraction"] == (64 * 16 + 16 * 8 + 80) / (64 * 32 + 32 * 16 + 160)
+    assert metrics["forward_speedup"] > 0
+
+
+def test_the_frontier_has_every_budget_within_reach(dense, tmp_path, caplog):
+    """Oracle: the settings; each budget proves, measures and times a smaller model."""
+    changes = {"keep": 0.75, "frontier": [0.5, 0.75, 0.25], "rounds": 1}
+    outcome = compress(*configure(dense, tmp_path, **changes))
+    points = json.loads(outcome.artifacts["frontier"].read_text())
+    assert [point["keep"] for point in points] == [0.75, 0.5, 0.25]
+    assert [point["order"] for point in points] == ["sequential", "one_shot", "one_shot"]
+    fractions = [point["params_fraction"] for point in points]
+    assert fractions == sorted(fractions, reverse=True)
+    for point in points:
+        assert point["measured_deviation"] <= point["certified_deviation"]
+        assert point["cert_naive"] <= dense.certificate.naive * (1 + 1e-6)
+        assert point["cert_tightened_before"] == dense.certificate.tightened
+        assert min(point["val_accuracy"], point["forward_speedup"]) >= 0
+    assert points[0]["val_accuracy"] == outcome.metrics["compress/val_accuracy"]
+    coarse = {"frontier": [0.1, 0.7], "align": 16, "rounds": 1}
+    few = compress(*configure(dense, tmp_path / "few", **coarse))
+    assert "0.1 left out: compress.keep=0.1: expected at least 0.6" in caplog.text
+    kept = [point["keep"] for point in json.loads(few.artifacts["frontier"].read_text())]
+    assert kept == [0.75, 0.7]
+    one = compress(*configure(dense, tmp_path / "one", **changes | {"frontier": []}))
+    assert len(json.loads(one.artifacts["frontier"].read_text())) == 1
 
 
 def test_text_other_images_and_sampling_are_refused(dense, tmp_path):

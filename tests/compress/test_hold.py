@@ -7,9 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.certificate import tensors_sha256
 from common.models import LipschitzMLP, LipschitzTransformer, ModelConfig
+from compress import pruner
+from compress.deviation import recertify as recertifying
 from compress.hold import SHRINKS, certified_limit, fit_within, hold_bound, naive_limit
-from compress.pruner import prune_model
+from compress.pruner import Pruning, prune_model
+from compress.record import make_report
 from compress.settings import CompressConfig
 from solvers.bounds import certify
 
@@ -56,7 +60,7 @@ def test_the_smallest_shrink_that_is_enough_is_taken(make_model):
     old = grown.layers[0].mlp.down.weight.detach().clone()
     held = hold_bound(dataclasses.replace(pruning, model=grown), naive_limit(model))
     new = held.model.layers[0].mlp.down.weight.detach()
-    torch.testing.assert_close(new, (1 - SHRINKS[3]) * old, rtol=1e-12, atol=0)
+    torch.testing.assert_close(new, (1 - SHRINKS[2]) * old, rtol=1e-12, atol=0)
     assert certify(grown, tighten=False).naive <= certify(model, tighten=False).naive
 
 
@@ -133,12 +137,56 @@ def test_the_search_stops_below_the_limit(make_model):
         with torch.no_grad():
             model.head.weight *= min(tau, 10.0) / 2.5
         fit = SimpleNamespace(kept_K=range(1), target=SimpleNamespace(inputs=2))
-        return SimpleNamespace(model=model, fits=(fit,))
+        return Pruning(model=model, fits=(fit,), tau=tau)
 
     best = fit_within(prune_at, naive_limit(dense))
     assert asked[:2] == [math.inf, 1.0]
     scale = float((best.model.head.weight / dense.head.weight).detach().mean())
     assert 0.7 < scale <= 1.0
+    assert best.tau == max(tau for tau in asked if tau <= 2.5)
+    assert best.proof.weights_sha256 == tensors_sha256(best.model.state_dict())
+
+
+def test_a_search_tells_one_line_per_candidate_and_proves_it_once(make_model, caplog, monkeypatch):
+    """Oracle: counting candidates, proofs and lines; the places are told once, of the result."""
+    model = make_model("relu", heads=4, width=16).float()
+    tried, proved = [], []
+
+    def count(calls, work):
+        return lambda *args, **named: (calls.append(args), work(*args, **named))[1]
+
+    monkeypatch.setattr(pruner, "_prune", count(tried, pruner._prune))
+    limit = naive_limit(model)
+    limit = limit._replace(most=0.7 * limit.most, prove=count(proved, limit.prove))
+    settings = CompressConfig(keep=0.5, keep_heads=0.5, ridge=1e-4)
+    with caplog.at_level("INFO"):
+        pruning = prune_model(model, TOKENS, settings, limit=limit)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(tried) == len(proved) == sum(line.startswith("caps at") for line in lines) > 2
+    for fit in pruning.fits:
+        assert sum(line.startswith(f"{fit.target.name}: kept") for line in lines) == 1
+    assert limit.of(pruning) <= limit.most
+    assert len(proved) == len(tried)
+
+
+def test_the_report_reuses_the_proof_of_the_search(make_model, monkeypatch):
+    """Oracle: the certificate that the search made, and no second one; the cap is written down."""
+    model = make_model("maxmin", heads=4, bias=False).float()
+    certificate = certify(model)
+    settings = CompressConfig(keep=0.5, ridge=1e-4)
+    pruning = prune_model(model, TOKENS, settings, limit=certified_limit(model, certificate))
+
+    def again(*_, **__):
+        raise AssertionError("certified twice")
+
+    monkeypatch.setattr(recertifying, "certify", again)
+    report = make_report(model, certificate, pruning, TOKENS, settings)
+    assert report.after is pruning.proof
+    assert report.to_dict()["tau"] == ("inf" if math.isinf(pruning.tau) else pruning.tau)
+    with torch.no_grad():
+        pruning.model.head.weight *= 0.5
+    with pytest.raises(AssertionError, match="twice"):
+        make_report(model, certificate, pruning, TOKENS, settings)
 
 
 def biased_model(seed):

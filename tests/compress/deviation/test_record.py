@@ -45,7 +45,6 @@ def test_the_new_bundle_carries_a_valid_certificate(dense, tokens):
     assert verify(pruned).tightened == report.after.tightened == pruned.certificate.tightened
     assert pruned.certificate.multipliers
     assert pruned.certificate.tightened < pruned.certificate.naive
-    assert report.certify_s > 0
 
 
 def test_norms_alone_are_enough_when_asked(dense, tokens):

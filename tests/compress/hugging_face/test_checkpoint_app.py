@@ -26,7 +26,7 @@ def configure(folder: Path, tmp_path: Path, **changes):
         "data": {"_target_": "common.corpus.DataConfig", "source": "stdlib", "tokenizer": "byte"},
     }
     directory = tmp_path / "run"
-    directory.mkdir()
+    directory.mkdir(parents=True)
     run = Run(command="compress", directory=directory, config={}, config_hash="")
     return OmegaConf.create(cfg), run
 
@@ -52,6 +52,32 @@ def test_a_checkpoint_becomes_a_smaller_ordinary_one(make_decoder, tmp_path, fam
     assert {layer["kind"] for layer in record["layers"]} == {"heads", "mlp"}
     tokens_BT = torch.arange(8)[None]
     assert torch.isfinite(small(tokens_BT).logits).all()
+
+
+def test_the_frontier_prunes_anew_at_every_budget(make_decoder, tmp_path):
+    """Oracle: the same budget as a run of its own; operations of the smaller shapes."""
+    make_decoder("llama").save_pretrained(tmp_path / "dense")
+    frontiers = []
+    for keep, frontier in ((0.75, [0.5]), (0.5, [])):
+        changes = {"keep": keep, "frontier": frontier, "rounds": 1}
+        cfg, run = configure(tmp_path / "dense", tmp_path / f"{keep}", **changes)
+        outcome = compress(cfg, run)
+        frontiers.append(json.loads(outcome.artifacts["frontier"].read_text()))
+    (main, further), (alone,) = frontiers
+    assert [main["keep"], further["keep"], alone["keep"]] == [0.75, 0.5, 0.5]
+    timed = "forward_speedup"
+    assert {**further, timed: 0} == {**alone, timed: 0}
+    assert 0 < further["flops_fraction"] < main["flops_fraction"] < 1
+    assert "val_bits_per_byte" not in main
+    assert outcome.metrics["compress/flops_fraction"] == alone["flops_fraction"]
+
+
+def test_too_long_sequences_name_the_setting(make_decoder, tmp_path):
+    """The key that the user set, before anything is run."""
+    make_decoder("gpt2").save_pretrained(tmp_path / "dense")
+    cfg, run = configure(tmp_path / "dense", tmp_path, length=65)
+    with pytest.raises(ConfigError, match=r"compress\.length=65: expected at most .* 64 tokens"):
+        compress(cfg, run)
 
 
 def test_text_needs_the_checkpoints_tokenizer(make_decoder, tmp_path):
