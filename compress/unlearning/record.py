@@ -18,7 +18,7 @@ from compress.deviation.network import certified_deviation
 from compress.fit import Fit
 from compress.pruner import Pruning
 from compress.report import DOMAIN as SEQUENCES
-from compress.unlearning.measure import knowledge
+from compress.unlearning.measure import Examined, answers
 from compress.unlearning.recovery import guard
 from compress.unlearning.samples import ClassData, shuffled
 from compress.unlearning.settings import UnlearnConfig
@@ -119,14 +119,15 @@ def unlearn(
     began = time.perf_counter()
     found = unlearn_model(bundle.model, *_calibration(data, settings), settings)
     seconds = time.perf_counter() - began
-    share = _rebound(bundle, found, data, settings)
+    dense, now = Examined(bundle.model, data), Examined(found.model, data)
+    share = _rebound(dense, found, now, settings)
     # A void certificate says nothing about the parent, so nothing follows from it.
     proof = bundle.certificate if bundle.void is None else None
     certificate = None if proof is None else certify(found.model, tighten=False)
     report = UnlearnReport(
         settings=settings,
         data_rule=data.rule,
-        **_standings(bundle, found, data, settings, retrained),
+        **_standings(dense, now, settings, retrained),
         rebound=share,
         naive_before=proof and proof.naive,
         naive_after=certificate and certificate.naive,
@@ -170,32 +171,26 @@ def _calibration(data: ClassData, settings: UnlearnConfig) -> tuple[Tensor, Tens
 
 
 def _standings(
-    bundle: Bundle,
-    found: Unlearning,
-    data: ClassData,
-    settings: UnlearnConfig,
-    retrained: Bundle | None,
+    dense: Examined, now: Examined, settings: UnlearnConfig, retrained: Bundle | None
 ) -> dict[str, Any]:
     """Measure all models that there are."""
-    dense = bundle.model
     other = None
     if retrained is not None:
-        other = measure_standing(retrained.model, data, dense, settings)
+        other = measure_standing(Examined(retrained.model, dense.data), dense, settings)
     return {
-        "before": measure_standing(dense, data),
-        "after": measure_standing(found.model, data, dense, settings),
+        "before": measure_standing(dense),
+        "after": measure_standing(now, dense, settings),
         "retrained": other,
     }
 
 
-def _rebound(bundle: Bundle, found: Unlearning, data: ClassData, settings: UnlearnConfig) -> float:
+def _rebound(dense: Examined, found: Unlearning, now: Examined, settings: UnlearnConfig) -> float:
     """Measure the class again after recovery, and refuse if it came back."""
     if settings.recovery == "none":
         return 0.0
-    known, edited, now = (
-        knowledge(model, data.forget_held) for model in (bundle.model, found.edited, found.model)
-    )
-    return guard(known, edited, now, settings.rebound)
+    edited = answers(found.edited, dense.data.forget_held).knowledge
+    before, after = (each.on("forget_held").knowledge for each in (dense, now))
+    return guard(before, edited, after, settings.rebound)
 
 
 def _deviation(bundle: Bundle, found: Unlearning, proof: Any, anew: Any) -> float | None:

@@ -36,7 +36,7 @@ class Samples:
         """Return at most so many samples, spread evenly over all."""
         if count >= len(self):
             return self
-        index = torch.linspace(0, len(self) - 1, count, dtype=torch.float64).round().long()
+        index = spread(len(self), count)
         return dataclasses.replace(self, inputs=self.inputs[index], targets=self.targets[index])
 
 
@@ -127,6 +127,12 @@ def text_classes(
             bytes_per_token=len(text) / len(ids),
         ).first(max(1, limit // length))
     return ClassData(**parts, is_unseen=texts.is_unseen, rule=texts.rule)
+
+
+def spread(total: int, count: int) -> Tensor:
+    """Return so many indices, or all if there are fewer, spread evenly over ``total``."""
+    count = min(count, total)
+    return torch.linspace(0, total - 1, count, dtype=torch.float64).round().long()
 
 
 def shuffled(samples: Samples, count: int, seed: int) -> Samples:

@@ -1,5 +1,6 @@
 """Samples, losses, probes, membership inference and relearning."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from common.document_classes import DocumentClasses
 from common.errors import DataError
 from common.tokenizer import ByteTokenizer
-from compress.unlearning.measure import accuracy, figures, knowledge, losses, probe
+from compress.unlearning.measure import Examined, accuracy, answers, losses, probe
 from compress.unlearning.membership import attack_membership
 from compress.unlearning.relearning import relearning_steps
 from compress.unlearning.samples import image_classes, shuffled, text_classes
 from compress.unlearning.settings import UnlearnConfig
+from compress.unlearning.standing import measure_standing
 from compress.unlearning.unlearner import unlearn_model
 
 
@@ -68,10 +70,25 @@ def test_bits_per_byte_of_text(make_model):
     part = data.forget_train
     logits = model(part.inputs)
     whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.targets.flatten())
-    found = figures(model, data)
+    found = Examined(model, data).figures()
     assert found["forget_bits_per_byte_train"] == pytest.approx(whole.item() / math.log(2))
-    assert knowledge(model, part) == -found["forget_bits_per_byte_train"]
+    assert answers(model, part).knowledge == -found["forget_bits_per_byte_train"]
     assert losses(model, part).shape == (len(part),)
+
+
+def test_every_part_is_run_once(make_model, monkeypatch):
+    """Oracle: the tokens that pass through the models; fine-tuning is left out."""
+    settings = UnlearnConfig(forget="x", relearn_steps=0)
+    data = text_classes(_texts(), ByteTokenizer(), 16, settings)
+    model, seen = make_model("gelu", vocab_size=256).float(), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    dense = Examined(model, data)
+    standing = measure_standing(dense, dense, settings)
+    assert standing.membership is not None
+    assert sum(seen) == sum(len(part) for part in data.parts().values())
+    few = dense.on("forget_train").first(3).losses_N
+    torch.testing.assert_close(few, losses(model, data.forget_train.first(3)))
+    assert sum(seen) == sum(len(part) for part in data.parts().values()) + 3
 
 
 def test_probe_finds_a_class_that_the_last_map_no_longer_names(classifier, digits):
@@ -124,3 +141,9 @@ def test_relearning_counts_steps(classifier, digits):
     assert torch.equal(found.model.linears[2].weight, before)
     assert relearning_steps(classifier, found.model, few, held, limit=60, lr=3e-3) == steps
     assert relearning_steps(classifier, found.model, few, held, limit=2, lr=1e-9) is None
+    dense, now = Examined(classifier, data), Examined(found.model, data)
+    settings = dataclasses.replace(settings, relearn_lr=3e-3, relearn_steps=60)
+    told = measure_standing(now, dense, settings).relearning
+    assert told.forget == steps == len(told.forget_curve) - 1
+    assert told.forget_curve[0] == accuracy(found.model, held)
+    assert told.forget_curve[-1] >= told.goal > max(told.forget_curve[:-1])
