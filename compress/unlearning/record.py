@@ -119,16 +119,14 @@ def unlearn(
     began = time.perf_counter()
     found = unlearn_model(bundle.model, *_calibration(data, settings), settings)
     seconds = time.perf_counter() - began
-    dense, now = Examined(bundle.model, data), Examined(found.model, data)
-    share = _rebound(dense, found, now, settings)
+    figures = _measured(bundle, found, data, settings, retrained)
     # A void certificate says nothing about the parent, so nothing follows from it.
     proof = bundle.certificate if bundle.void is None else None
     certificate = None if proof is None else certify(found.model, tighten=False)
     report = UnlearnReport(
         settings=settings,
         data_rule=data.rule,
-        **_standings(dense, now, settings, retrained),
-        rebound=share,
+        **figures,
         naive_before=proof and proof.naive,
         naive_after=certificate and certificate.naive,
         certified_deviation=_deviation(bundle, found, proof, certificate),
@@ -170,27 +168,29 @@ def _calibration(data: ClassData, settings: UnlearnConfig) -> tuple[Tensor, Tens
     return forget, retain
 
 
-def _standings(
-    dense: Examined, now: Examined, settings: UnlearnConfig, retrained: Bundle | None
+def _measured(
+    bundle: Bundle,
+    found: Unlearning,
+    data: ClassData,
+    settings: UnlearnConfig,
+    retrained: Bundle | None,
 ) -> dict[str, Any]:
-    """Measure all models that there are."""
+    """Measure the class after recovery, refuse if it came back; then all models that there are."""
+    dense, now = Examined(bundle.model, data), Examined(found.model, data)
+    rebound = 0.0
+    if settings.recovery != "none":
+        edited = answers(found.edited, data.forget_held).knowledge
+        before, after = (each.on("forget_held").knowledge for each in (dense, now))
+        rebound = guard(before, edited, after, settings.rebound)
     other = None
     if retrained is not None:
-        other = measure_standing(Examined(retrained.model, dense.data), dense, settings)
+        other = measure_standing(Examined(retrained.model, data), dense, settings)
     return {
+        "rebound": rebound,
         "before": measure_standing(dense),
         "after": measure_standing(now, dense, settings),
         "retrained": other,
     }
-
-
-def _rebound(dense: Examined, found: Unlearning, now: Examined, settings: UnlearnConfig) -> float:
-    """Measure the class again after recovery, and refuse if it came back."""
-    if settings.recovery == "none":
-        return 0.0
-    edited = answers(found.edited, dense.data.forget_held).knowledge
-    before, after = (each.on("forget_held").knowledge for each in (dense, now))
-    return guard(before, edited, after, settings.rebound)
 
 
 def _deviation(bundle: Bundle, found: Unlearning, proof: Any, anew: Any) -> float | None:
