@@ -20,6 +20,9 @@ PROMPT, NEW = 16, 96
 FASTER = {1: 1.3, 16: 1.2}
 COMPRESSED = 2.5
 SHARE = 8
+# Continuous batching against static batches that wait for their longest member.
+MIXED = 1.3
+REQUESTS, SLOTS, LENGTHS = 64, 16, (8, 128)
 STEPS = 16  # per round: as many as the policies' interval, so that each round has a compaction
 
 
@@ -84,7 +87,8 @@ def test_decode(bench: Any, timed: Callable, make_model: Callable, batch: int) -
             core.step()
 
     times = timed(
-        {"lipllm": ours} | {name: _generator(other, prompts) for name, other in others.items()},
+        {"lipllm": ours}
+        | {name: _generator(other, prompts, NEW) for name, other in others.items()},
         bench.rounds,
     )
     sizes = {"batch": batch, "prompt": PROMPT, "new": NEW, "parameters": model.num_parameters}
@@ -98,7 +102,68 @@ def test_decode(bench: Any, timed: Callable, make_model: Callable, batch: int) -
         bench.add(label, ratios, "ratio", least=FASTER[batch], **sizes)
 
 
-def _generator(model: Any, prompts: list[list[int]]) -> Callable[[], None]:
+def test_mixed_lengths(bench: Any, timed: Callable, make_model: Callable) -> None:
+    """Useful tokens per second of requests whose lengths differ."""
+    pytest.importorskip("transformers")
+    from serve.export.modeling import wrap
+
+    model = make_model(**SHAPE, context=1024).eval()
+    other = wrap(copy.deepcopy(model))
+    prompts = _prompts(model.config.vocab_size, REQUESTS, PROMPT)
+    news = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (REQUESTS,)).tolist()
+    core = EngineCore(model, EngineConfig(max_num_seqs=SLOTS, prefix_caching=False))
+
+    @torch.inference_mode()
+    def ours() -> None:
+        for prompt, new in zip(prompts, news, strict=True):
+            _add(core, [prompt], new)
+        while core.has_work:
+            core.step()
+
+    def theirs() -> None:
+        for start in range(0, REQUESTS, SLOTS):
+            batch = slice(start, start + SLOTS)
+            _generator(other, prompts[batch], max(news[batch]))()
+
+    times = timed({"lipllm": ours, "exported": theirs}, bench.rounds)
+    sizes = {"requests": REQUESTS, "slots": SLOTS, "prompt": PROMPT, "new": sum(news)}
+    for name, measured in times.items():
+        rates = [sum(news) / seconds for seconds in measured.cpu]
+        bench.add(f"serve: {name}, mixed lengths", rates, "token/s", **sizes)
+    pairs = zip(times["lipllm"].cpu, times["exported"].cpu, strict=True)
+    ratios = [theirs / own for own, theirs in pairs]
+    name = "serve: speed over static batches (exported), mixed lengths"
+    bench.add(name, ratios, "ratio", least=MIXED, **sizes)
+
+
+@pytest.mark.parametrize("batch", FASTER)
+def test_half_precision(bench: Any, timed: Callable, make_model: Callable, batch: int) -> None:
+    """What bfloat16 brings: half the memory traffic, which a processor without it pays for."""
+    model = make_model(**SHAPE, context=1024).eval()
+    prompts = _prompts(model.config.vocab_size, batch, PROMPT)
+    settings = EngineConfig(max_num_seqs=batch, prefix_caching=False)
+    cores = {
+        "float32": EngineCore(model, settings),
+        "bfloat16": EngineCore(copy.deepcopy(model).bfloat16(), settings),
+    }
+
+    def runner(core: EngineCore) -> Callable[[], None]:
+        @torch.inference_mode()
+        def run() -> None:
+            _add(core, prompts, NEW)
+            while core.has_work:
+                core.step()
+
+        return run
+
+    times = timed({name: runner(core) for name, core in cores.items()}, bench.rounds)
+    pairs = zip(times["float32"].cpu, times["bfloat16"].cpu, strict=True)
+    ratios = [single / half for single, half in pairs]
+    sizes = {"batch": batch, "prompt": PROMPT, "new": NEW, "parameters": model.num_parameters}
+    bench.add(f"serve: speed of bfloat16 over float32, batch {batch}", ratios, "ratio", **sizes)
+
+
+def _generator(model: Any, prompts: list[list[int]], new: int) -> Callable[[], None]:
     def run() -> None:
         ids = torch.tensor(prompts)
         with warnings.catch_warnings():
@@ -107,10 +172,10 @@ def _generator(model: Any, prompts: list[list[int]]) -> Callable[[], None]:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
-                min_new_tokens=NEW,
-                max_new_tokens=NEW,
+                min_new_tokens=new,
+                max_new_tokens=new,
             )
-        assert out.shape == (len(prompts), PROMPT + NEW)
+        assert out.shape == (len(prompts), PROMPT + new)
 
     return run
 
