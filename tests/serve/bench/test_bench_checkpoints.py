@@ -10,8 +10,9 @@ import torch
 
 from common.errors import BundleError, DataError
 from common.tasks import Recall
+from serve import LLM, SamplingParams
 from serve.bench import quality
-from serve.bench.policies import usable
+from serve.bench.policies import compared, usable
 from serve.bench.retrieval import measure_tasks
 from serve.bench.rows import Rows
 from serve.bench.settings import BenchConfig
@@ -117,6 +118,22 @@ def test_answers_of_a_checkpoint_count_in_its_tokens(folder: Path, tmp_path: Pat
     served.tokenizer.encode = lambda text: np.array([0] * len(text))
     with pytest.raises(DataError, match="does not give its text back"):
         measure_tasks(rows, settings, served, Recall(length=60, needles=2))
+
+
+def test_known_questions_are_first_answered_from_the_full_cache(folder: Path) -> None:
+    """Oracle: the full cache's first token; it may differ only where the prompt was cut before."""
+    served = load_served(folder)
+    prompts = [example.prompt for example in Recall(length=120, needles=2).examples(6)]
+    first = SamplingParams(temperature=0.0, max_tokens=1)
+    settings = BenchConfig(policies=("window",))
+
+    def answers(**options: bool) -> list[list[int]]:
+        ((_, policy),) = compared(settings, 8, **options)
+        return [out.token_ids for out in LLM(served, kv=policy).generate(prompts, first)]
+
+    full = [out.token_ids for out in LLM(served).generate(prompts, first)]
+    assert answers(compress_prefill=False) == full
+    assert answers(compress_prefill=True) != full
 
 
 def test_windows_in_groups_give_the_same_figures(
