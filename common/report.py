@@ -27,6 +27,7 @@ from common.reporting import (
     solving,
     study,
     training,
+    unlearning,
 )
 from common.reporting.page import missing, page
 from common.reporting.runs import Story, read_story, read_sweep
@@ -106,6 +107,7 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         "certify": (proof.proof,),
         "attack": (robustness.robustness,),
         "compress": (pruning.pruning,),
+        "unlearn": (unlearning.unlearning,),
         "calibrate": (concentration.concentration,),
         "generate": (serving.cache, lambda story: serving.samples(story, settings.samples)),
         "study": (study.study,),
@@ -119,7 +121,7 @@ def story_page(story: Story, settings: ReportConfig) -> str:
         if is_pipeline or stage in story.stages:
             parts += [_guarded(make, story, stage) for make in makers]
     parts += [_guarded(make, story, "origin") for make in (origin.timings, origin.origin)]
-    about = "A language model with a machine-checkable bound on its sensitivity."
+    about = "A model with a machine-checkable bound on its sensitivity."
     if story.root.command == solving.COMMAND:
         about = "A monotone inclusion, and how a method came to its solution."
     elif story.root.command == study.COMMAND:

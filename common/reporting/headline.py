@@ -3,11 +3,10 @@
 from common.reporting.page import card, number, percent
 from common.reporting.proof import bound, certificate
 from common.reporting.runs import Story
-from common.reporting.unlearning import unlearning
 
 
 def headline(story: Story) -> str:
-    """Return the headline cards of whatever stages there are, and what unlearning measured."""
+    """Return the headline cards of whatever stages there are."""
     cards = [
         _loss_card(story),
         _bound_card(story),
@@ -15,8 +14,7 @@ def headline(story: Story) -> str:
         _deviation_card(story),
         _cache_card(story),
     ]
-    markup = f'<div class="cards">{"".join(filter(None, cards))}</div>'
-    return markup + unlearning(story) if "unlearn" in story.stages else markup
+    return f'<div class="cards">{"".join(filter(None, cards))}</div>'
 
 
 def _loss_card(story: Story) -> str:
