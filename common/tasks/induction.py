@@ -16,7 +16,7 @@ class Induction(Task):
     """Random symbols that end with the cue of an earlier piece; the answer is the piece's rest.
 
     Attributes:
-        length: Characters of an example's prompt; a document has twice as many.
+        length: Characters of an example's prompt and of a document.
         piece: Characters of a piece that comes again.
         cue: How many of them an example shows; the rest is the answer.
         symbols: Number of different symbols, up to 26.
@@ -55,18 +55,17 @@ class Induction(Task):
     def document(self, index: int) -> str:
         """Return random symbols, in which pieces from anywhere before come again anywhere.
 
-        Were pieces aligned, a model could copy by distance alone. A document is twice as long as a
-        prompt, so that distances as long as the prompt are common.
+        Were pieces aligned, a model could copy by distance alone.
         """
         generator = self.generator("document", index)
         text = self._random(generator, self.piece)
-        while len(text) < 2 * self.length:
+        while len(text) < self.length:
             if generator.random() < self.repeats:
                 start = generator.randint(0, len(text) - self.piece)
                 text += text[start : start + self.piece]
             else:
                 text += self._random(generator, generator.randint(1, 2 * self.piece - 1))
-        return text[: 2 * self.length] + self.end
+        return text[: self.length] + self.end
 
     def example(self, index: int) -> Example:
         """Return a prompt of ``length`` characters whose last ``cue`` stand there only once before.
