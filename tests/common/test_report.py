@@ -203,6 +203,15 @@ def test_missing_stage_is_said(quick, pipeline, stage, expected):
     assert "Origin" in page.words
 
 
+def test_commands_outside_the_pipeline_have_no_section(quick, pipeline):
+    """Oracle: their headings; they appear as soon as the folder holds such a run."""
+    found = story_page(read_story(pipeline), ReportConfig())
+    heads = ("Unlearning", "Pruning methods", "Cache policies")
+    assert not [head for head in heads if f"<h2>{head}</h2>" in found]
+    add_run(pipeline / "bench", "bench", {})
+    assert "<h2>Cache policies</h2>" in story_page(read_story(pipeline), ReportConfig())
+
+
 @pytest.mark.parametrize(
     "name",
     [
