@@ -174,6 +174,8 @@ class Study:
         tighten = self.settings.tighten
         if kept is None:
             return certify(model, tighten)
+        # Rows from norms alone are compared: a tightened proof of some would favour them.
+        known = known if tighten else None
         return recertify(self.dense, model, kept, self.certificate, tighten=tighten, known=known)
 
     def _model(self, case: Case) -> tuple[Any, dict[str, Tensor] | None, Certificate | None]:

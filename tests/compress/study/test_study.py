@@ -19,6 +19,7 @@ from common.tokenizer import ByteTokenizer
 from common.tracking import is_declared
 from compress.compensate import METHODS
 from compress.flops import token_flops
+from compress.hold import certified_limit
 from compress.measure import Reference
 from compress.pruner import prune_model
 from compress.scoring.fidelity import SCORES
@@ -165,6 +166,22 @@ def test_a_wider_grid_keeps_the_rows(dense, texts, tmp_path, monkeypatch):
     made.clear()
     make_study(dense, texts, keeps=()).run(path)
     assert made == []
+
+
+@pytest.mark.parametrize("tighten", [False, True])
+def test_rows_are_certified_alike(dense, texts, tmp_path, tighten):
+    """Oracle: bounds from the row's own norms, where all rows are; else the search's proof."""
+    proof = certify(dense.model)
+    path = tmp_path / "tightened"
+    tightened = save_bundle(path, dense.model, ByteTokenizer(), certificate=proof)
+    study = make_study(tightened, texts, tighten=tighten)
+    limit = certified_limit(study.dense, proof)
+    settings = CompressConfig(keep=0.5, order="one_shot")
+    pruning = prune_model(study.dense, texts[0], settings, limit=limit)
+    assert pruning.proof.multipliers
+    found = study._proof(pruning.model, pruning.kept, pruning.proof)
+    assert bool(found.multipliers) == tighten
+    assert (found is pruning.proof) == tighten
 
 
 @pytest.mark.parametrize("what", ["text", "settings", "measurement", "file"])
