@@ -81,6 +81,7 @@ def compress_checkpoint(cfg: DictConfig, settings: CompressConfig, run: Run) -> 
     for other, pruning in prunings(dense, tokens_NT, settings, order=settings.order):
         found = _metrics(dense, pruning, tokens_NT, other) | _quality(reference, pruning.model)
         points.append(metrics_point(other, found))
+        del pruning
     frontier = run.directory / "frontier.json"
     write_frontier(frontier, points)
     return Outcome(

@@ -82,6 +82,7 @@ def prunings(
             log.warning("compress.frontier: %g left out: %s", keep, error)
             continue
         yield other, pruning
+        del pruning  # a caller that drops it too has the memory of one pruned model at a time
 
 
 def metrics_point(settings: CompressConfig, metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The compress command on checkpoints of transformers: plain reload, honest record."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ from omegaconf import OmegaConf
 from common.errors import ConfigError
 from common.ledger import Run
 from common.tracking import is_declared
+from compress import checkpoint_app
+from compress import frontier as frontier_module
 from compress.app import compress
+from compress.pruner import prune_model
 
 CONF = Path(__file__).parents[3] / "conf" / "compress" / "default.yaml"
 
@@ -70,6 +75,24 @@ def test_the_frontier_prunes_anew_at_every_budget(make_decoder, tmp_path):
     assert 0 < further["flops_fraction"] < main["flops_fraction"] < 1
     assert "val_bits_per_byte" not in main
     assert outcome.metrics["compress/flops_fraction"] == alone["flops_fraction"]
+
+
+def test_the_frontier_keeps_no_earlier_model(make_decoder, tmp_path, monkeypatch):
+    """Oracle: references to the models before, when the next one is about to be made."""
+    make_decoder("llama").save_pretrained(tmp_path / "dense")
+    made, alive = [], []
+
+    def watched(*args, **options):
+        gc.collect()
+        alive.append(sum(model() is not None for model in made))
+        pruning = prune_model(*args, **options)
+        made.append(weakref.ref(pruning.model))
+        return pruning
+
+    monkeypatch.setattr(checkpoint_app, "prune_model", watched)
+    monkeypatch.setattr(frontier_module, "prune_model", watched)
+    compress(*configure(tmp_path / "dense", tmp_path, frontier=[0.5, 0.25], rounds=1))
+    assert alive == [0, 0, 0]
 
 
 def test_too_long_sequences_name_the_setting(make_decoder, tmp_path):
