@@ -121,7 +121,7 @@ def _content(rows: Sequence[Row], part: str) -> tuple[dict[str, str], list[Row]]
     else:
         fields, chosen = _FIELDS[part], [row for row in rows if row["part"] == part]
     if part in ("quality", COMBINED):
-        chosen.sort(key=lambda r: (r.get("budget", 1.0), r.get("kl_vs_full", 0.0)))
+        chosen.sort(key=_standing)
     if part == "tasks":
         chosen.sort(key=lambda r: (r.get("query", ""), r.get("budget", 1.0), -r["exact"]))
     if part == "speed":
@@ -129,6 +129,12 @@ def _content(rows: Sequence[Row], part: str) -> tuple[dict[str, str], list[Row]]
         chosen.sort(key=lambda r: (*(r[name] for name in shape), r.get("budget", 1.0), -r["ratio"]))
     shown = {name: head for name, head in fields.items() if any(_has(r, name) for r in chosen)}
     return shown, chosen
+
+
+def _standing(row: Row) -> tuple[float, ...]:
+    """Return what rows with quality are sorted by; where there is none, exact answers decide."""
+    exact = [-row.get(f"exact {query}", 0.0) for query in ("late", "known")]
+    return (row.get("budget", 1.0), row.get("kl_vs_full", 0.0), *exact)
 
 
 def _has(row: Row, name: str) -> bool:

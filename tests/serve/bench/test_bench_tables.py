@@ -45,6 +45,13 @@ def test_one_table_has_all_figures_of_a_policy() -> None:
     assert text_table(ROWS[:2], COMBINED) == ([], [])
 
 
+def test_policies_without_quality_are_sorted_by_their_answers() -> None:
+    """Oracle: the documented order, best first within a budget, whatever order they ran in."""
+    better = {**ROWS[3], "policy": "keydiff", "exact": 0.875}
+    rows = [ROWS[2], ROWS[3], better, ROWS[4], ROWS[5]]
+    assert [line[0] for line in text_table(rows, COMBINED)[1]] == ["keydiff", "window", "full"]
+
+
 def test_columns_without_a_value_are_left_out() -> None:
     """Oracle: there is a certified column only where a row has a bound."""
     assert "certified" not in text_table(ROWS, "quality")[0]
