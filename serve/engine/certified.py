@@ -66,17 +66,17 @@ class DeviationTracker(Companion):
     ) -> None:
         rows, queries = [s.ledger_row or 0 for s in sequences], self._queries(group, part)
         if part.chunk is not None:
-            self.settle(sequences)
+            self._settle(sequences)
             self.ledger.observe(group, rows, queries.as_one())
             return
         if len(pick) < len(part.q_NHD):
             queries = queries.some(torch.tensor(pick, device=part.q_NHD.device))
         if len(set(rows)) < len(rows):
-            self.settle(sequences)
+            self._settle(sequences)
             self.ledger.observe(group, rows, queries)
             return
-        self.settle([s for s in sequences if self.ledger.waiting(s.ledger_row or 0) == MOST])
-        self.ledger.note(group, rows, queries)
+        self._settle([s for s in sequences if self.ledger.waiting(s.ledger_row or 0) == MOST])
+        self.ledger.note(group, rows, [s.num_tokens for s in sequences], queries)
 
     def _queries(self, group: Rows[int], part: Part) -> Queries:
         """Return what the group's layers saw, each query as a sequence of one token."""
@@ -123,14 +123,21 @@ class DeviationTracker(Companion):
 
     def settle(self, sequences: Rows[Sequence]) -> None:
         """Bound the waiting tokens of these sequences, and of others that have many."""
-        due = list(dict.fromkeys(s for s in sequences if s.ledger_row is not None))
+        due = [sequence for sequence in sequences if sequence.ledger_row is not None]
         if not due:
             return
         many = MOST // 2
         for sequence in self._recorded:
             row = sequence.ledger_row
-            if sequence not in due and row is not None and self.ledger.waiting(row) >= many:
+            if row is not None and self.ledger.waiting(row) >= many:
                 due.append(sequence)
+        self._settle(due)
+
+    def _settle(self, sequences: Rows[Sequence]) -> None:
+        """Bound the waiting tokens of these alone: amid a step others are noted in part."""
+        due = list(dict.fromkeys(s for s in sequences if s.ledger_row is not None))
+        if not due:
+            return
         bounds = self.ledger.settle([sequence.ledger_row or 0 for sequence in due])
         for sequence, streams in zip(due, bounds, strict=True):
             for index, margin in self._recorded.pop(sequence, []):

@@ -114,7 +114,7 @@ class EvictionLedger:
         self.amplification_N = torch.tensor(amplification, dtype=torch.float64, device=self.device)
         self.delta_RN = torch.zeros_like(self.amplification_N)[None]
         self._pending = {first: Pending() for first in self.groups}
-        self._waiting: dict[int, int] = {}
+        self._waiting: dict[int, range] = {}  # positions
 
     @torch.inference_mode()
     def open(self) -> int:
@@ -125,7 +125,7 @@ class EvictionLedger:
             more = self.delta_RN.new_zeros(missing, self.delta_RN.shape[1])
             self.delta_RN = torch.cat((self.delta_RN, more))
         self.delta_RN[row] = 0
-        self._waiting[row] = 0
+        self._waiting[row] = range(0)
         return row
 
     def close(self, row: int) -> None:
@@ -146,22 +146,34 @@ class EvictionLedger:
 
     def waiting(self, row: int) -> int:
         """Return how many tokens of a sequence have no bound yet; ``pending.MOST`` at most."""
-        return self._waiting[row]
+        return len(self._waiting[row])
 
     @torch.inference_mode()
-    def note(self, layers: Sequence[int], rows: Sequence[int], queries: Queries) -> None:
+    def note(
+        self,
+        layers: Sequence[int],
+        rows: Sequence[int],
+        positions: Sequence[int],
+        queries: Queries,
+    ) -> None:
         """Keep one token of each sequence until ``settle``; after its last group it waits.
 
         Args:
             layers: A group of layers.
             rows: Ledger row of each sequence, distinct.
+            positions: Of the tokens, which follow those that wait; one of these again replaces it.
             queries: The tokens (S sequences, T = 1).
         """
-        group, waiting = self.groups[layers[0]], [self._waiting[row] for row in rows]
-        rows_Q, slots_Q = self._rows(rows), self._rows(waiting)
-        self._pending[layers[0]].put(rows_Q, slots_Q, group.store.rows, queries)
+        group, waiting = self.groups[layers[0]], self._waiting
+        starts = [
+            waiting[row].start if waiting[row] else position
+            for row, position in zip(rows, positions, strict=True)
+        ]
+        slots = [position - start for position, start in zip(positions, starts, strict=True)]
+        self._pending[layers[0]].put(self._rows(rows), self._rows(slots), group.store.rows, queries)
         if layers[-1] == len(self.amplification_N) - 1:
-            self._waiting.update((row, count + 1) for row, count in zip(rows, waiting, strict=True))
+            for row, start, position in zip(rows, starts, positions, strict=True):
+                waiting[row] = range(start, position + 1)
 
     @torch.inference_mode()
     def observe(self, layers: Sequence[int], rows: Sequence[int], queries: Queries) -> None:
@@ -188,7 +200,8 @@ class EvictionLedger:
             Of each sequence, the bound on the movement of its final stream before the waiting
             tokens and at each of them.
         """
-        counts, rows_S = [self._waiting.get(row, 0) for row in rows], self._rows(rows)
+        counts = [len(self._waiting.get(row, ())) for row in rows]
+        rows_S = self._rows(rows)
         before_S1N = self.delta_RN[rows_S][:, None]
         tokens = max(counts, default=0)
         if tokens == 0:
@@ -201,7 +214,7 @@ class EvictionLedger:
         delta_STN.masked_fill_(is_pad_ST[..., None], 0.0)
         running = torch.cat((before_S1N, delta_STN), dim=1).cummax(1).values
         self.delta_RN[rows_S] = running[:, -1]
-        self._waiting.update((row, 0) for row in rows if row in self._waiting)
+        self._waiting.update((row, range(0)) for row in rows if row in self._waiting)
         bounds = self._stream(running).tolist()
         return [row[: count + 1] for row, count in zip(bounds, counts, strict=True)]
 

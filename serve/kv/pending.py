@@ -25,7 +25,7 @@ class Pending:
 
         Args:
             rows_Q: Its row.
-            slots_Q: Tokens of the sequence that wait already, fewer than ``MOST``.
+            slots_Q: Its place among those of its sequence, below ``MOST``.
             capacity: Rows that there are.
             queries: The tokens (S = Q, T = 1).
         """
@@ -42,4 +42,6 @@ class Pending:
 
     def take(self, rows_S: Tensor, tokens: int) -> Queries:
         """Return the first ``tokens`` of some sequences; those never put hold anything."""
+        # Such a row may be newer than the tables.
+        rows_S = rows_S.clamp(max=len(self._tables[0]) - 1)
         return Queries(*(table[rows_S, :tokens] for table in self._tables))

@@ -2,7 +2,9 @@
 
 # Legend: T tokens, H query heads, K key/value heads, D head width, V vocabulary, S slots.
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -180,6 +182,49 @@ def test_prompt_chunks_over_compressed_caches_are_bounded(policy):
     assert max(counts) > 3
     assert all(sequence.deviations[0] > 0 for sequence in sequences)
     check_deviation(model, sequences, logits)
+
+
+@pytest.mark.parametrize(("tokens", "start"), [(512, 30), (4, 21)])
+def test_prompts_over_compressed_caches_leave_the_bounds_of_others_alone(tokens, start):
+    """Oracle: each alone; tokens of the first wait when the second is compacted, then read on."""
+    model, texts = make_model("mixed", gain=0.8), prompts([12, 41])
+    policy = make_policy("window", interval=12, compress_prefill=True)
+    core = make_core(model, policy, max_num_batched_tokens=tokens)
+    assert len(core.ledger.groups) == 2
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=30)
+    sequences = [core.add(texts[0], params)]
+    while sequences[0].num_tokens < start:
+        core.step()
+    sequences.append(core.add(texts[1], replace(params, max_tokens=4)))
+    while core.has_work:
+        core.step()
+    for text, sequence in zip(texts, sequences, strict=True):
+        (alone,), _ = run(make_core(model, policy), [text], max_tokens=len(sequence.output))
+        assert (sequence.error, alone.output) == (None, sequence.output)
+        assert alone.deviations == pytest.approx(sequence.deviations, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["content_and_bias", "mixed"])
+def test_bounds_are_those_of_one_attempt_though_steps_run_again(kind, monkeypatch):
+    """Oracle: an engine that has the memory; here each step fails once, after its last layer."""
+    model = make_model(kind, gain=0.8)
+    policy, texts = make_policy("window", interval=12), prompts([17, 9])
+    expected, _ = run(make_core(model, policy), texts, max_tokens=30)
+    core = make_core(model, policy)
+    forward, calls = core.runner.forward, itertools.count()
+
+    def short(items, **kwargs):
+        logits = forward(items, **kwargs)
+        if next(calls) % 2 == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return logits
+
+    monkeypatch.setattr(core.runner, "forward", short)
+    sequences, _ = run(core, texts, max_tokens=30)
+    for sequence, own in zip(sequences, expected, strict=True):
+        assert (sequence.error, sequence.output) == (None, own.output)
+        assert sequence.deviations == pytest.approx(own.deviations, rel=1e-9)
+        assert sequence.keeps_top1 == own.keeps_top1
 
 
 def test_a_request_that_does_not_ask_costs_nothing_and_changes_nothing():
