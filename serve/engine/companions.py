@@ -19,7 +19,7 @@ class Companion:
     """Base of all companions; each overrides what concerns it."""
 
     def attended(self, part: Part, sequences: Rows[Sequence]) -> Tensor | None:
-        """Hear of an attention.
+        """Hear of an attention, twice where its step ran out of memory and had to run again.
 
         Args:
             part: The decode rows of a layer, or one prompt chunk.

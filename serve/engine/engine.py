@@ -239,7 +239,7 @@ class EngineCore:
     def _forward_or_shed(self, items: list[Item]) -> Tensor:
         """Return the logits; short of memory, leave the newest half of the requests for later.
 
-        What a policy has observed of the others in the failed attempt, it observes again.
+        Companions hear the step again; to them that makes no difference.
         """
         try:
             return self._forward(items)

@@ -21,6 +21,8 @@ class Evidence(Companion):
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
         self._rows: dict[Sequence, int] = {}
+        # The last observed token and layer of each sequence: a step may have to run again.
+        self._newest: dict[Sequence, tuple[int, int]] = {}
 
     def rows(self, sequences: Rows[Sequence]) -> list[int]:
         """Return the observer row of each sequence, opening those that have none."""
@@ -31,7 +33,11 @@ class Evidence(Companion):
 
     def attended(self, part: Part, sequences: Rows[Sequence]) -> None:
         """Tell the observer of the queries of requests that may be compacted."""
-        watched = [i for i, sequence in enumerate(sequences) if sequence.request.compress]
+        watched = [
+            i
+            for i, sequence in enumerate(sequences)
+            if sequence.request.compress and self._is_news(sequence, part.layer)
+        ]
         if not watched:
             return
         q, positions = part.q_NHD[:, None], part.positions_N[:, None]
@@ -51,6 +57,9 @@ class Evidence(Companion):
             lengths_R=lengths,
         )
         self.observer.attended(event)
+        for index in watched:
+            sequence = sequences[index]
+            self._newest[sequence] = sequence.num_tokens, part.layer
 
     def compacting(self, view: CacheView, sequences: Rows[Sequence], keep_RKS: Tensor) -> None:
         """Let the observer follow the slots."""
@@ -59,9 +68,14 @@ class Evidence(Companion):
 
     def close(self, sequence: Sequence) -> None:
         """Give back the observer's row."""
+        self._newest.pop(sequence, None)
         row = self._rows.pop(sequence, None)
         if row is not None:
             self.observer.close(row)
+
+    def _is_news(self, sequence: Sequence, layer: int) -> bool:
+        newest = self._newest.get(sequence)
+        return newest is None or newest < (sequence.num_tokens, layer)
 
 
 def sources(keep_RKS: Tensor, slots: int) -> Tensor:

@@ -1,17 +1,22 @@
 """The engine under bad prompts, bad numbers and faults: others go on, nothing leaks."""
 
+from collections.abc import Sequence as Rows
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.errors import ConfigError, DataError
+from serve.engine.attention import Part
 from serve.engine.blocks import BlockTable
+from serve.engine.companions import Companion
 from serve.engine.config import EngineConfig
 from serve.engine.engine import OUT_OF_MEMORY, EngineCore
-from serve.engine.request import Item
+from serve.engine.evidence import Evidence
+from serve.engine.request import Item, Sequence
 from serve.engine.sampling_params import SamplingParams
-from serve.kv import WindowPolicy
+from serve.kv import Policy, WindowPolicy
+from serve.kv.policies import ExpectedAttentionPolicy, H2OPolicy
 
 
 def test_finish_reasons(tiny: SimpleNamespace) -> None:
@@ -138,6 +143,48 @@ def test_steps_short_of_memory_run_with_fewer_requests(
     alone = [tiny.run_alone(tiny.model, p, tiny.greedy, policy, **settings) for p in prompts]
     assert [s.output for s in sequences] == [s.output for s in alone]
     assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks
+
+
+class Shortage(Companion):
+    """Raises in one layer of every step, the first time that the step runs."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer, self.steps = layer, set[int]()
+
+    def attended(self, part: Part, sequences: Rows[Sequence]) -> None:
+        """Run out of memory."""
+        step = sum(sequence.num_tokens for sequence in sequences)
+        if part.layer == self.layer and step not in self.steps:
+            self.steps.add(step)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("kind", [H2OPolicy, ExpectedAttentionPolicy])
+def test_queries_are_observed_once_though_steps_run_again(
+    tiny: SimpleNamespace, kind: type[Policy], layer: int
+) -> None:
+    """Oracle: what is observed in an engine that has the memory; then its tokens."""
+    policy = kind(budget=16, interval=4, sinks=2, window=4)
+    cores = [EngineCore(tiny.model, EngineConfig(debug=True), policy) for _ in range(2)]
+    shortage = Shortage(layer)
+    cores[1].companions.companions.append(shortage)
+    sequences = [core.add(tiny.make_prompts([30])[0], tiny.greedy) for core in cores]
+    while cores[0].has_work:
+        for core in cores:
+            core.step()
+        seen = [
+            [
+                evidence.observer.observed((layer,), list(evidence._rows.values()))
+                for layer in (0, 1)
+            ]
+            for core in cores
+            if isinstance(evidence := core.companions.companions[0], Evidence)
+        ]
+        torch.testing.assert_close(seen[1], seen[0])
+    assert len(shortage.steps) == len(sequences[0].output)
+    assert cores[1].counters.failed_steps == 0
+    assert sequences[1].output == sequences[0].output
 
 
 def test_a_lasting_lack_of_memory_ends_requests_with_one_line(

@@ -44,7 +44,9 @@ class QueryMoments(RowObserver):
         q_RTHD = turned(q_RTHD, back_RT1F, interleaved=spec.interleaved)
         q_RTHD = q_RTHD * is_used_RT[:, :, None, None]
         q_RHTD = q_RTHD.transpose(1, 2)
+        # All is computed before anything is added: memory may run out.
+        outer_RHDD = q_RHTD.mT @ q_RHTD
         index, state = self.index(event.rows), self.state[event.layer]
         state["count"].index_add_(0, index, is_used_RT.sum(1))
         state["total"].index_add_(0, index, q_RHTD.sum(2))
-        state["outer"].index_add_(0, index, q_RHTD.mT @ q_RHTD)
+        state["outer"].index_add_(0, index, outer_RHDD)
