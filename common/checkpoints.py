@@ -19,6 +19,8 @@ EXPORTED_TYPE = "lipllm"
 """``model_type`` of folders that ``lipllm export`` writes."""
 PRUNE_MANIFEST = "prune_manifest.json"
 """What ``lipllm compress`` leaves beside the weights of a checkpoint."""
+RESIZED = "lipllm"
+"""The manifest's ``loader`` where layers have shapes that the library cannot describe."""
 
 _HASHES_AT_ONCE = 4
 
@@ -95,7 +97,7 @@ def load_causal_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
             "made from"
         )
     library = transformers_library()
-    is_resized = _read(folder / PRUNE_MANIFEST).get("loader") == "lipllm"
+    is_resized = _read(folder / PRUNE_MANIFEST).get("loader") == RESIZED
     try:
         model, info = library.AutoModelForCausalLM.from_pretrained(
             folder,

@@ -25,7 +25,14 @@ class TurningAttend(ABC):
 
     @abstractmethod
     def turning(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return what the hook returns for the rotated queries and keys."""
+        """Return what the hook returns for the rotated queries and keys.
+
+        Args:
+            layer: Index of the layer.
+            q: Queries before RoPE, (B, H, T, D) or, packed, (N, H, D).
+            k: Keys before RoPE, the same with K heads.
+            v: Values, shaped like the keys.
+        """
 
 
 def activate(z_BTF: Tensor, layer: LayerConfig) -> Tensor:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from common import files
 from common.bundle_format import CONFIG
 from common.checkpoints import (
+    RESIZED,
     checkpoint_fingerprint,
     first_line,
     is_checkpoint,
@@ -66,7 +67,7 @@ def load_hf(path: str | Path, *, dtype: torch.dtype | None = None, device: str =
     library = transformers_library()
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     try:
-        if manifest is not None and manifest["loader"] == "lipllm":
+        if manifest is not None and manifest["loader"] == RESIZED:
             model = _load_resized(library, folder, manifest, dtype)
         else:
             model = load_causal_model(folder, dtype)
@@ -117,7 +118,7 @@ def save_hf(
             if compression is not None:
                 source = {} if fingerprint is None else {"parent_fingerprint": fingerprint}
                 files.write_json(stage / COMPRESSION, {**source, **compression})
-            loader = "transformers" if is_plain else "lipllm"
+            loader = "transformers" if is_plain else RESIZED
             manifest = make_manifest(adapter, stage, loader=loader, parent=fingerprint)
             files.write_json(stage / MANIFEST, manifest)
             files.swap_directory(stage, path)

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from common import files
+from common.checkpoints import PRUNE_MANIFEST as MANIFEST
+from common.checkpoints import RESIZED
 from common.errors import BundleError
 from common.ledger import versions
 from compress.adapters.decoder import DecoderAdapter
 from compress.targets import Target
 
-MANIFEST = "prune_manifest.json"
 COMPRESSION = "compression.json"
 FORMAT_VERSION = 1
-LOADERS = ("transformers", "lipllm")
+LOADERS = ("transformers", RESIZED)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

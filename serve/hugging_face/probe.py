@@ -103,6 +103,8 @@ def probe(model: Any, context: int) -> tuple[tuple[LayerSpec, ...], int]:
                 position_ids=positions_N[None].to(model.device),
                 use_cache=False,
             )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # such as a layer that cannot have another shape than the others
         raise _refusal(kind, f"it does not run ({first_line(error)})", "such models") from error
     layers = model.config.get_text_config().num_hidden_layers
