@@ -188,7 +188,7 @@ def _chosen(story: Story, record: Mapping[str, Any]) -> str:
         ("Bits per byte before", "compress/val_bits_per_byte_before", _fine, "measured"),
         ("Accuracy", "compress/val_accuracy", percent, "measured"),
         ("Accuracy before", "compress/val_accuracy_before", percent, "measured"),
-        ("Output energy that is kept, mean over places", "compress/fidelity", percent, "estimate"),
+        ("Output energy that is kept, mean over places", "compress/fidelity", percent, "measured"),
         ("KL divergence from the dense model, nats", "compress/kl_nats", number, "measured"),
         ("Most likely token unchanged", "compress/top1_agreement", percent, "measured"),
         ("Most likely token proved unchanged", "compress/certified_top1", percent, "proved"),

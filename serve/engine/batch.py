@@ -48,8 +48,8 @@ class Tables:
     def of(cls, tables: Rows[Rows[int]], device: torch.device, *, in_place: bool) -> "Tables":
         """Build from block tables, with a plan if pages are to be read in place."""
         lists = [list(table) for table in tables]
-        plan = PagePlan(lists, device) if in_place and lists else None
-        return cls(lists, pad_tables(lists, device, torch.int32), plan)
+        padded_RW = pad_tables(lists, device, torch.int32)
+        return cls(lists, padded_RW, PagePlan(lists, padded_RW) if in_place and lists else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

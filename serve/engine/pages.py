@@ -62,11 +62,11 @@ class PagePlan:
 
     Args:
         tables: Block table of each row.
-        device: Where the pools are.
+        padded_RW: The same as a matrix, where the pools are; padded with any block.
     """
 
-    def __init__(self, tables: Rows[Rows[int]], device: torch.device) -> None:
-        self.rows, self.width = len(tables), max(map(len, tables))
+    def __init__(self, tables: Rows[Rows[int]], padded_RW: Tensor) -> None:
+        (self.rows, self.width), device = padded_RW.shape, padded_RW.device
         readers: dict[int, list[int]] = {}
         for row, table in enumerate(tables):
             for place, block in enumerate(table, row * self.width):
@@ -78,8 +78,7 @@ class PagePlan:
             foreign = [NOWHERE] * part.readers
             for block in part.blocks:
                 places += readers.get(block, foreign)
-        padded = [[*table, *[0] * (self.width - len(table))] for table in tables]
-        self._block_RW = torch.tensor(padded, dtype=torch.int64, device=device)
+        self._block_RW = padded_RW
         self._lengths_R = torch.tensor(list(map(len, tables)), device=device)
         self._place_V = torch.tensor(places, dtype=torch.int64, device=device)
         self._lines: dict[tuple[int, int], Lines] = {}

@@ -98,7 +98,7 @@ class Runner:
         width = -(-self.decoder.context // self.pools.block_size)
         try:
             self.graphs = DecodeGraphs(self._run, rows, width, self.device, recorder)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             log.warning("decode steps run without graphs: recording failed: %s", error)
 
     @torch.inference_mode()

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from serve.decoder import LayerSpec
+from serve.engine.batch import pad_tables
 from serve.engine.pages import PagePlan, Range
 from serve.engine.pools import LayerPool, Pools, SlotWriter
 from serve.kernels import paged_decode
 
 EXACT = 1e-12  # float64, a few hundred terms
 BLOCKS, SIZE, WIDTH, CONTEXT = 23, 4, 6, 100
+CPU = torch.device("cpu")
 
 # Rows of block ids: in order, out of order, with gaps to bridge, far apart, of unequal lengths.
 TABLES = {
@@ -65,14 +67,13 @@ def test_attend_equals_paged_decode(name: str, heads: tuple[int, int], freedom: 
     for block in set(range(BLOCKS)) - owned:
         pool.keys[block], pool.values[block] = torch.nan, torch.nan
     lengths_R, is_out_R1S = filled(tables, missing=3)
-    width = max(map(len, tables))
-    padded_RW = torch.tensor([table + [0] * (width - len(table)) for table in tables])
+    padded_RW = pad_tables(tables, CPU)
     positions_R = torch.full((len(tables),), CONTEXT - 1)
     # The query's own key, which a window never hides.
     for table in tables:
         pool.positions[table[-1], :, 0] = CONTEXT - 1
     q_RHD = torch.randn(len(tables), spec.heads, WIDTH, dtype=torch.float64)
-    plan = PagePlan(tables, torch.device("cpu"))
+    plan = PagePlan(tables, padded_RW)
     o_RHD, z_RHS = plan.attend(0, q_RHD, pool, spec, positions_R, is_out_R1S)
     expected, lse_RH = paged_decode(
         q_RHD,
@@ -99,7 +100,7 @@ def test_attend_does_not_depend_on_the_place_of_pages(heads: tuple[int, int]) ->
         moved = LayerPool(*(torch.zeros_like(x) for x in pool.tensors))
         for old, new in enumerate(table):
             moved.keys[new], moved.values[new] = pool.keys[old], pool.values[old]
-        plan = PagePlan([table], torch.device("cpu"))
+        plan = PagePlan([table], pad_tables([table], CPU))
         outputs.append(plan.attend(0, q_1HD, moved, spec, torch.tensor([9]), is_out_11S)[0])
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
@@ -107,7 +108,8 @@ def test_attend_does_not_depend_on_the_place_of_pages(heads: tuple[int, int]) ->
 
 def test_pages_are_read_once_however_many_rows_share_them() -> None:
     """Oracle: the definition of ranges."""
-    plan = PagePlan([[4, 5, 0], [4, 5, 1], [4, 5, 2]], torch.device("cpu"))
+    tables = [[4, 5, 0], [4, 5, 1], [4, 5, 2]]
+    plan = PagePlan(tables, pad_tables(tables, CPU))
     assert plan.ranges == [Range(range(0, 3), 1), Range(range(4, 6), 3)]
 
 
